@@ -1,0 +1,5 @@
+"""Checkpoints on disk."""
+
+from megatron_ext.checkpoint.native import CheckpointError
+
+__all__ = ["CheckpointError"]

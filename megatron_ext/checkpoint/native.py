@@ -1,0 +1,167 @@
+"""Our own checkpoints on disk: DeepSpeed's files, plus what makes them whole and checkable.
+
+    <dir>/latest                                             tag of the last whole checkpoint
+    <dir>/<tag>/mp_rank_{MM}_model_states.pt                 dense weights and buffers of mirrored pair MM
+    <dir>/<tag>/layer_{L}_expert_{E}_mp_rank_{MM}_model_states.pt     one routed expert
+    <dir>/<tag>/[bf16_]zero_pp_rank_{R}_mp_rank_{MM}_optim_states.pt  ZeRO shard of data-parallel rank R
+    <dir>/<tag>/expp_rank_{N}_mp_rank_{MM}_optim_states.pt   optimizer without ZeRO, where there are experts
+    <dir>/<tag>/megatron_ext_rank_{RRRRR}_states.pt          random generators, data position
+    <dir>/<tag>/megatron_ext.json                            the manifest: written last, lists every file with size and CRC-32
+
+A folder without a manifest is not a whole checkpoint: the save was cut off, or somebody else wrote it. `latest` is replaced
+atomically after the manifest is on disk, so a save that dies leaves the checkpoint before it in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.config.errors import UserError
+
+MANIFEST = "megatron_ext.json"
+FORMAT = 1
+_EXPERTS = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<matrix>\w+)$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, broken, of somebody else, or of another layout."""
+
+    def __init__(self, path: Path | str, found: str, rule: str, hint: str | None = None):
+        super().__init__(f"checkpoint {path}: {found}; {rule}" + (f"; {hint}" if hint else ""))
+
+
+def check_tag(tag: str) -> str:
+    """The tag, if it names a folder directly inside the checkpoint folder.
+
+    Raises:
+        CheckpointError: it is empty or leads elsewhere.
+    """
+    if not tag or tag in (".", "..") or "/" in tag or "\\" in tag or "\0" in tag:
+        raise CheckpointError(repr(tag), "is not a plain folder name", "a tag names a folder inside the checkpoint folder")
+    return tag
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small file so that readers see the old or the new one, whole, even after a power cut."""
+    temporary = path.with_name(path.name + ".unfinished")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_latest(directory: Path) -> str:
+    """The tag of the last whole checkpoint.
+
+    Raises:
+        CheckpointError: no folder, no `latest`, or one that leads nowhere.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(directory, "there is no such folder", "load_checkpoint needs one that save_checkpoint wrote")
+    latest = directory / "latest"
+    if not latest.is_file():
+        raise CheckpointError(directory, "there is no file 'latest'", "no checkpoint was finished here",
+                              "pass tag= to choose one")
+    tag = check_tag(latest.read_text().strip())
+    if not (directory / tag).is_dir():
+        raise CheckpointError(latest, f"names {tag!r}, which is not here", "the folder was moved or deleted")
+    return tag
+
+
+def sum_file(path: Path) -> tuple[int, int]:
+    """Size and CRC-32, with the file flushed to disk."""
+    crc = 0
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+        return file.tell(), crc
+
+
+def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, tuple[int, int]]) -> None:
+    """Declares the checkpoint whole."""
+    sums = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in sorted(files.items())}
+    replace_file(folder / MANIFEST, json.dumps({"format": FORMAT, **content, "files": sums}, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint of ours.
+
+    Raises:
+        CheckpointError: no folder, no manifest, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(folder, "there is no such folder", "the tag must name a saved checkpoint")
+    path = folder / MANIFEST
+    if not path.is_file():
+        foreign = sorted(p.name for p in folder.glob("*.pt"))[:3]
+        raise CheckpointError(folder, f"has no {MANIFEST}" + (f" beside {', '.join(foreign)}" if foreign else ""),
+                              "it was not written by megatron_ext, or its save was cut off")
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"]
+        assert isinstance(files, dict) and all(isinstance(f["bytes"], int) and isinstance(f["crc32"], int)
+                                               for f in files.values())
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(path, f"cannot be read ({type(error).__name__}: {error})", "the manifest is damaged") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(path, f"has format {manifest.get('format')!r}", f"this version reads format {FORMAT}")
+    for name in files:
+        check_tag(name)
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compares files with the manifest: the sizes of all, the checksums of every `parts`-th from number `part` on.
+
+    Raises:
+        CheckpointError: a file is missing, has another size, or other content.
+    """
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(path, "is missing", f"{MANIFEST} lists it")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(path, f"has {size} bytes", f"it had {entry['bytes']} when it was saved")
+    for name, entry in list(manifest["files"].items())[part::parts]:
+        if sum_file(folder / name)[1] != entry["crc32"]:
+            raise CheckpointError(folder / name, "has other content than when it was saved", "its CRC-32 does not match")
+
+
+def expert_layer(name: str) -> int:
+    """The layer number in a parameter's name, for the expert files: `model.layers.3.mlp...` -> 3."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found.group(1)) if found else 0
+
+
+def split_experts(name: str, stacked: Tensor, first: int) -> dict[int, tuple[str, Tensor]]:
+    """Per global expert the name and a copy of its matrix: `...experts.gate_proj` -> `...experts.5.gate_proj.weight`."""
+    found = _EXPERTS.match(name)
+    assert found is not None, name
+    return {first + i: (f"{found['prefix']}.{first + i}.{found['matrix']}.weight", matrix.detach().clone().cpu())
+            for i, matrix in enumerate(stacked)}
+
+
+def join_experts(name: str, experts: dict[str, Tensor], first: int, last: int, path: Path) -> Tensor:
+    """The inverse of `split_experts`, for experts first .. last-1.
+
+    Raises:
+        CheckpointError: one of them is not among `experts`.
+    """
+    found = _EXPERTS.match(name)
+    assert found is not None, name
+    names = [f"{found['prefix']}.{e}.{found['matrix']}.weight" for e in range(first, last)]
+    for wanted in names:
+        if wanted not in experts:
+            raise CheckpointError(path, f"has no tensor {wanted}", "the expert files do not hold this model's experts")
+    return torch.stack([experts[n] for n in names])

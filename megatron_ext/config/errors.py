@@ -1,0 +1,29 @@
+"""The one family of errors that a user can cause.
+
+Every message names what was given (the JSON key, the argument, the file), its value, and the rule it breaks, so that
+the reader can mend it without opening our source. Whatever else goes wrong is a bug of ours and stays an `assert`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class UserError(ValueError):
+    """Base of every error that bad input causes; parts of the package derive their own from it."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work.
+
+    Args:
+        key: dotted path of the JSON key, or the name of the argument.
+        value: what was given; shown with `repr`.
+        rule: the rule it breaks, as a sentence without a full stop.
+        hint: what to do instead, if that is known.
+    """
+
+    def __init__(self, key: str, value: Any, rule: str, hint: str | None = None):
+        self.key, self.value, self.rule, self.hint = key, value, rule, hint
+        message = f"{key} = {value!r}: {rule}"
+        super().__init__(message if hint is None else f"{message}; {hint}")

@@ -1,0 +1,164 @@
+"""The `megatron_ext` section of a ds_config: its keys, their types, their defaults, and what is said about a wrong one.
+
+DeepSpeed ignores top-level sections that it does not know, so nobody else checks this one: an unknown key, a value of
+the wrong type and a key of a later version all end in one `ConfigError`, for the first mistake in file order.
+`parse_section` is the only door: it also fills the defaults that depend on other keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_ext.config.errors import ConfigError
+
+SECTION = "megatron_ext"
+
+
+class _Section(BaseModel):
+    """Strict ("4" is not 4, true is not 1), closed and frozen. A field's description completes "must be ..."."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class PipelineSection(_Section):
+    schedule: Literal["dualpipe"] = Field(default="dualpipe", description='"dualpipe"')
+    stages: int | None = Field(
+        default=None, ge=1, description="an integer of at least 1, or null (the module's own num_stages)")
+
+
+class ExpertParallelSection(_Section):
+    size: int = Field(default=1, ge=1, description="an integer of at least 1")
+    dispatch_dtype: Literal["model", "bf16", "fp8"] | None = Field(
+        default=None, description='"model", "bf16", "fp8" or null ("fp8" where FP8 is enabled, else "model")')
+    combine_dtype: Literal["model", "bf16"] = Field(default="model", description='"model" or "bf16"')
+
+
+class Fp8Section(_Section):
+    enabled: bool = Field(default=False, description="true or false")
+
+
+class KernelsSection(_Section):
+    backend: Literal["auto", "reference", "cpu"] = Field(default="auto", description='"auto", "reference" or "cpu"')
+
+
+class RouterSection(_Section):
+    balancing: Literal["aux_loss_free", "none"] = Field(
+        default="aux_loss_free", description='"aux_loss_free" or "none"')
+    bias_update_speed: float = Field(
+        default=0.001, ge=0, allow_inf_nan=False, description="a number of at least 0 (0 freezes the bias)")
+
+
+class OptimizerSection(_Section):
+    moment_dtype: Literal["bf16", "fp32"] | None = Field(
+        default=None, description='"bf16", "fp32" or null (the optimizer that DeepSpeed makes)')
+
+
+class MegatronExtConfig(_Section):
+    """The whole section. Made by `parse_section`, after which `expert_parallel.dispatch_dtype` is never None."""
+
+    pipeline: PipelineSection = Field(default=PipelineSection(), description="an object")
+    expert_parallel: ExpertParallelSection = Field(default=ExpertParallelSection(), description="an object")
+    fp8: Fp8Section = Field(default=Fp8Section(), description="an object")
+    kernels: KernelsSection = Field(default=KernelsSection(), description="an object")
+    router: RouterSection = Field(default=RouterSection(), description="an object")
+    optimizer: OptimizerSection = Field(default=OptimizerSection(), description="an object")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with the value in force, as JSON would hold it: for records of a run and for checkpoints."""
+        return self.model_dump(mode="json")
+
+
+# What the design has and this version has not, so that the message can say so.
+_LATER_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    (): ("recompute", "ema", "load"),
+    ("pipeline",): ("chunks", "memory_limit", "overlap", "trace"),
+    ("expert_parallel",): ("two_hop", "ranks_per_node"),
+    ("router",): ("sequence_loss",),
+}
+_LATER_VALUES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("pipeline", "schedule"): ("gpipe", "1f1b", "interleaved", "interleaved_paired", "zb_h1", "zbv", "dualpipev",
+                               "dualpipe_zb", "dualpipe_interleaved", "wave", "chimera", "auto"),
+    ("kernels", "backend"): ("triton", "cuda", "torch", "deep_gemm"),
+}
+
+
+def parse_section(ds_config: Mapping[str, Any]) -> MegatronExtConfig:
+    """Reads `ds_config["megatron_ext"]`; all defaults where there is none.
+
+    Raises:
+        ConfigError: for the first key, in file order, that is unknown, of a later version or has a wrong value.
+    """
+    document = ds_config.get(SECTION, {})
+    try:
+        config = MegatronExtConfig.model_validate(document)
+    except ValidationError as error:
+        raise _first_error(document, error) from None
+    if config.expert_parallel.dispatch_dtype is None:
+        dispatch_dtype = "fp8" if config.fp8.enabled else "model"
+        experts = config.expert_parallel.model_copy(update={"dispatch_dtype": dispatch_dtype})
+        config = config.model_copy(update={"expert_parallel": experts})
+    return config
+
+
+def _first_error(document: Any, error: ValidationError) -> ConfigError:
+    """The mistake that a reader of the file meets first (pydantic reports unknown keys last)."""
+
+    def place(path: tuple[str | int, ...]) -> tuple[int, ...]:
+        places, node = [], document
+        for key in path:
+            places.append([str(k) for k in node].index(str(key)))
+            node = node.get(key)
+        return tuple(places)
+
+    details = min(error.errors(), key=lambda details: place(details["loc"]))
+    path = tuple(str(key) for key in details["loc"])
+    name = ".".join((SECTION, *path))
+    if details["type"] == "extra_forbidden":
+        return _unknown_key(path, name, details["input"])
+    if details["type"] == "invalid_key":
+        return ConfigError(name, details["input"], "every key must be a string")
+    return _wrong_value(path, name, details["input"])
+
+
+def _wrong_value(path: tuple[str, ...], name: str, value: Any) -> ConfigError:
+    section: Any = MegatronExtConfig
+    description = "an object"
+    for key in path:
+        field = section.model_fields[key]
+        section, description = field.annotation, field.description
+    hint = None
+    if isinstance(value, str):
+        if value in _LATER_VALUES.get(path, ()):
+            return ConfigError(name, value, "is not available yet", f"it must be {description} in this version")
+        near = difflib.get_close_matches(value, description.split('"')[1::2], n=1)
+        hint = f'did you mean "{near[0]}"?' if near else None
+    return ConfigError(name, value, f"must be {description}", hint)
+
+
+def _unknown_key(path: tuple[str, ...], name: str, value: Any) -> ConfigError:
+    *parents, key = path
+    level = tuple(parents)
+    if key in _LATER_KEYS.get(level, ()):
+        return ConfigError(name, value, "is not available yet in this version", "remove the key")
+    levels = [(), *((part,) for part in MegatronExtConfig.model_fields)]
+    candidates = [(*other, field) for other in levels for field in (*_fields(other), *_LATER_KEYS.get(other, ()))]
+    nearest = max(candidates, key=lambda candidate: (_likeness(key, candidate[-1]), candidate[:-1] == level))
+    later = " (not available yet)" if nearest[-1] in _LATER_KEYS.get(nearest[:-1], ()) else ""
+    return ConfigError(name, value, f"is not a key here, where there are {', '.join(_fields(level))}",
+                       f"the nearest name is {'.'.join((SECTION, *nearest))}{later}")
+
+
+def _likeness(given: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, given.lower(), name).ratio()
+
+
+def _fields(level: tuple[str, ...]) -> list[str]:
+    """The keys of the section itself, level (), or of one of its parts, level ("pipeline",)."""
+    section: Any = MegatronExtConfig
+    for key in level:
+        section = section.model_fields[key].annotation
+    return list(section.model_fields)

@@ -1,0 +1,6 @@
+"""The DeepSpeed engine: set-up, the training step, save and load."""
+
+from megatron_ext.engine.engine import PipelineEngine
+from megatron_ext.engine.initialize import initialize
+
+__all__ = ["PipelineEngine", "initialize"]

@@ -1,0 +1,455 @@
+"""The engine: DeepSpeed's, with a bidirectional pipeline for a training step.
+
+It subclasses `DeepSpeedEngine`, not DeepSpeed's `PipelineEngine`: ZeRO-1/2 with or without offload, the optimizers,
+schedulers, monitors and checkpoints stay DeepSpeed's own, and learn through the `mpu` that mirrored ranks are replicas.
+What is ours is the order of a step: schedule, FP32 gradients, one reduction, one optimizer step, one move of the routers'
+biases (DeepSeek-V3 report, sections 2.1.2, 3.2 and 3.3).
+
+Letters: P pipeline ranks, 2D data shards, n = gradient_accumulation_steps micro-batches per direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from megatron_ext.comm.point_to_point import Messenger
+from megatron_ext.config import MegatronExtConfig, parse_section
+from megatron_ext.data import MicroBatchLoader
+from megatron_ext.engine import gradients
+from megatron_ext.engine.checkpoint import CheckpointMixin
+from megatron_ext.fp8 import Precision, WeightCache
+from megatron_ext.layers.balancing import max_violation, update_biases
+from megatron_ext.layers.router import Router
+from megatron_ext.optimizer import AdamW
+from megatron_ext.pipeline.evaluation import forward_only
+from megatron_ext.pipeline.executor import Batches, Executor
+from megatron_ext.pipeline.instructions import Plan
+from megatron_ext.pipeline.module import PipelineModule
+from megatron_ext.pipeline.schedules import schedule
+from megatron_ext.pipeline.timeline import Timeline
+from megatron_ext.pipeline.weight_gradients import WeightGradients, hooked_parameters
+
+log = logging.getLogger("megatron_ext")
+
+
+class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
+    """What `megatron_ext.initialize` returns for a `PipelineModule`.
+
+    Attributes:
+        section: the `megatron_ext` section of the config, with defaults.
+        metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of this rank's, or None).
+        expert_counts: of the last step, per router of this rank by name: tokens per expert [E] over the global batch.
+        timeline: of the last recorded step (see `record_next_batch`), on every rank of the recorded pipeline.
+    """
+
+    module: PipelineModule
+
+    def __init__(self, args: Any, model: PipelineModule, **kwargs: Any):
+        self._prepare(model, kwargs["config_class"])
+        hooked = hooked_parameters(model)
+        super().__init__(args, model, **kwargs)
+        self.enable_backward_allreduce = False
+        self._finish(hooked)
+
+    # -- set-up
+
+    def _prepare(self, model: PipelineModule, config: Any) -> None:
+        """What DeepSpeed's constructor needs of us through the methods overridden below."""
+        self.__dict__["section"] = parse_section(config._param_dict)
+        self.__dict__["process_groups"] = model.groups
+        for name, p in model.named_parameters():
+            # DeepSpeed leaves parameters without this mark out of the norm on all pairs but the first.
+            p.model_parallel = not getattr(p, "ds_pipe_replicated", False)
+            p.canonical_name = name
+
+    def _finish(self, hooked: set[int]) -> None:
+        """What needs DeepSpeed's constructor to be done."""
+        section: MegatronExtConfig = self.section
+        model = self.module
+        groups = self.process_groups
+        self.weights = WeightGradients(model.parameters())
+        self.weights.note_hooks(hooked)
+        self.routers: dict[str, Router] = {n: m for n, m in model.named_modules() if isinstance(m, Router)}
+        self.weight_cache = WeightCache()
+        precision = Precision(fp8=section.fp8.enabled, dispatch_dtype=section.expert_parallel.dispatch_dtype or "model",
+                              combine_dtype=section.expert_parallel.combine_dtype, backend=section.kernels.backend,
+                              weights=self.weight_cache)
+        for layer in model.children_with("set_precision"):
+            layer.set_precision(precision)
+        self._synchronize_tied()
+        self.executor = Executor(
+            model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
+            cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
+            synchronize=get_accelerator().synchronize)
+        self._plans: dict[tuple[str, int], Plan] = {}
+        self._data_iterator: Iterator[Any] | None = None
+        self._batches_compared = False
+        self._record = False
+        self.timeline: Timeline | None = None
+        self.metrics: dict[str, Any] = {}
+        self.expert_counts: dict[str, Tensor] = {}
+        self._log_split()
+
+    def _log_split(self) -> None:
+        whole = sorted({name for name, split in self.module.split_parameters.items() if not split
+                        and dict(self.module.named_parameters())[name].dim() > 1})
+        deepspeed.utils.log_dist(
+            f"pipeline rank {self.module.stage_rank} runs stages {self.module.stages} of {self.module.num_stages}; "
+            + ("every weight matrix takes its gradient apart (W)" if not whole else
+               f"their full backward runs with the input gradient for {len(whole)} of "
+               f"{len(self.module.split_parameters)} parameters: {', '.join(whole[:4])}"
+               + (" ..." if len(whole) > 4 else "")), ranks=[0])
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        experts = [p for p in model.parameters() if gradients.is_expert(p)]
+        if experts:  # DeepSpeed sets this only for its own MoE classes
+            self.has_moe_layers = True
+            self.num_experts = sorted({p.num_experts for p in experts})
+
+    def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
+        """Adam and AdamW are ours where BF16 moments are asked for, and on a CPU, where DeepSpeed's would compile for minutes."""
+        name = (self.optimizer_name() or "").lower()
+        params = dict(self.optimizer_params() or {})
+        on_host = get_accelerator().device_name() == "cpu"
+        moment_dtype = self.section.optimizer.moment_dtype
+        if name not in ("adam", "adamw") or params.get("torch_adam") or not (moment_dtype or on_host):
+            return super()._configure_basic_optimizer(model_parameters)
+        params.pop("torch_adam", None)
+        params["adam_w_mode"] = name == "adamw" or params.get("adam_w_mode", True)
+        return AdamW(model_parameters, moment_dtype=moment_dtype or "fp32", **params)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        """Never BF16_Optimizer: it drops the options of ZeRO, and gradients cannot be handed to it once per step."""
+        from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and self.zero_optimization() else wrapper
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: without ZeRO, gradients are clipped before they are handed over (gradients.py)."""
+
+    def _synchronize_tied(self) -> None:
+        """Makes the groups of tied parameters that lie on several pairs, and gives all holders the owner's values."""
+        self._tied_groups: list[tuple[list[nn.Parameter], Any]] = []
+        groups = self.process_groups
+        for key, ranks_of in self.module.tied_groups_ranks.items():
+            for ranks in ranks_of:
+                group = dist.new_group(ranks, timeout=groups.timeout)
+                if groups.rank in ranks:
+                    parameters = self.module.tied_parameters(key)
+                    for p in parameters:
+                        dist.broadcast(p.data, src=ranks[0], group=group)
+                    self._tied_groups.append((parameters, group))
+
+    def deepspeed_io(self, dataset: Any, batch_size: int | None = None, route: str = "train", pin_memory: bool = True,
+                     data_sampler: Any = None, collate_fn: Any = None, num_local_io_workers: int | None = None) -> Any:
+        """Training data in an order that no layout changes (data/loader.py); everything else is DeepSpeed's loader."""
+        if route != "train" or data_sampler is not None or not hasattr(dataset, "__getitem__"):
+            return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, collate_fn,
+                                        num_local_io_workers)
+        return MicroBatchLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), self.data_parallel_rank,
+                                self.data_parallel_world_size, self.gradient_accumulation_steps(),
+                                seed=self.module.base_seed, collate_fn=collate_fn or self.collate_fn)
+
+    # -- what a user asks
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of the 2D shards of the data this rank reads, if the first stage of a direction is here."""
+        return self.mpu.get_data_parallel_rank()
+
+    @property
+    def data_parallel_world_size(self) -> int:
+        """2D."""
+        return self.mpu.get_data_parallel_world_size()
+
+    def is_first_stage(self) -> bool:
+        """Whether a direction starts here, so that this rank reads data."""
+        return self.module.stage_rank in (0, self.module.num_stages - 1)
+
+    def is_last_stage(self) -> bool:
+        """Whether a direction ends here; under a bidirectional schedule that is where the other starts."""
+        return self.is_first_stage()
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """The data of following batches, as in DeepSpeed's pipeline engine."""
+        self._data_iterator = iterator
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Replaces the training data loader, as in DeepSpeed's pipeline engine."""
+        self.training_dataloader = loader
+        self._data_iterator = iter(loader)
+
+    def record_next_batch(self) -> None:
+        """Times every computation of the next `train_batch`, waiting for the device around each; see `timeline`."""
+        self._record = True
+
+    def plan(self, micro_batches: int | None = None) -> Plan:
+        """The schedule of a training step."""
+        total = 2 * (micro_batches or self.gradient_accumulation_steps())
+        key = (self.module.schedule, total)
+        if key not in self._plans:
+            self._plans[key] = schedule(self.module.schedule, stages=self.module.num_stages, micro_batches=total)
+        return self._plans[key]
+
+    # -- a training step
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """One optimizer step over the global batch.
+
+        Args:
+            data_iter: on ranks where a direction starts: n batches (inputs, labels) of this rank's shard are taken from
+                it. None: the training data given to `initialize`.
+
+        Returns:
+            The mean loss over all micro-batches of all shards, the same on every rank.
+
+        Raises:
+            RuntimeError: gradients are disabled.
+            BatchError: unusable data.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self.module.train()
+        self.timers("train_batch").start()
+        self.tput_timer.start()
+        plan = self.plan()
+        self.weights.begin()
+        zero = bool(self.zero_optimization())
+        try:
+            with self.coalesce_grad_reduction() if zero else contextlib.nullcontext():
+                self.timers("pipeline").start()
+                outcome = self.executor.run(plan, self._batches(), self.global_steps, record=self._record)
+                self.timers("pipeline").stop()
+                self.timers("reduce_gradients").start()
+                self._sum_tied()
+                if zero:
+                    gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
+            applied = self._step_with_zero() if zero else self._step_without_zero()
+        finally:
+            self.weights.end()
+        self._balance(applied)
+        loss = self._mean_loss(outcome.losses)
+        self.tput_timer.stop(global_step=True)
+        self.timers("train_batch").stop()
+        if self._record:
+            self._gather_timeline(plan, outcome.spans)
+        self._report(loss)
+        return loss
+
+    def _step_with_zero(self) -> bool:
+        self.timers("reduce_gradients").stop()
+        return self._step_optimizer()
+
+    def _step_without_zero(self) -> bool:
+        """Reduces, clips and steps on the FP32 gradients; a step with a norm that is not finite is skipped."""
+        parameters = self.weights.parameters
+        gradients.reduce_without_zero(parameters, self.process_groups)
+        norm = gradients.global_norm(parameters, self.process_groups, self.device)
+        self.timers("reduce_gradients").stop()
+        self._global_grad_norm = norm
+        if not math.isfinite(norm.item()):
+            self.skipped_steps += 1
+            self.global_steps += 1
+            self.global_samples += self.train_batch_size()
+            self.micro_steps += self.gradient_accumulation_steps()
+            return False
+        if self.gradient_clipping() > 0:
+            gradients.clip(parameters, norm, self.gradient_clipping())
+        gradients.hand_to_zero(parameters, into_grad_accum=False)
+        applied = self._step_optimizer()
+        self._global_grad_norm = norm
+        return applied
+
+    def _step_optimizer(self) -> bool:
+        """The optimizer and the learning rate; returns whether the step was applied."""
+        self.timers("optimizer").start()
+        self.set_gradient_accumulation_boundary(True)
+        self._take_model_step(None)
+        self._is_gradient_accumulation_boundary = None
+        self.micro_steps += self.gradient_accumulation_steps()
+        self.weight_cache.clear()
+        self.timers("optimizer").stop()
+        return not getattr(self.optimizer, "overflow", False)
+
+    def _sum_tied(self) -> None:
+        for parameters, group in self._tied_groups:
+            gradients.all_reduce_flat([p.main_grad for p in parameters if p.requires_grad], group)
+
+    def _balance(self, applied: bool) -> None:
+        """One move of every bias per applied step; a skipped step moves nothing and its counts are dropped."""
+        section = self.section.router
+        speed = section.bias_update_speed if applied and section.balancing == "aux_loss_free" else 0.0
+        counts = update_biases(list(self.routers.values()), speed, self.process_groups.data_parallel)
+        self.expert_counts = dict(zip(self.routers, counts, strict=True))
+
+    def _mean_loss(self, losses: list[Tensor]) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+        for loss in losses:
+            total[0] += loss
+            total[1] += 1
+        dist.all_reduce(total)
+        return (total[0] / total[1]).float()
+
+    def _set_counting(self, counting: bool) -> None:
+        for router in self.routers.values():
+            router.count_tokens = counting
+
+    # -- data
+
+    def _batches(self, iterator: Iterator[Any] | None = None) -> Batches:
+        """The iterator of the direction that starts here, if one does."""
+        if not self.is_first_stage():
+            if not self._batches_compared:
+                self._compare_first_batches(None)
+            return {}
+        if iterator is None:
+            if self._data_iterator is None and self.training_dataloader is not None:
+                self._data_iterator = iter(self.training_dataloader)
+            iterator = self._data_iterator
+        if iterator is None:
+            raise ValueError("there is no data: give train_batch an iterator, or initialize(training_data=...)")
+        if not self._batches_compared:
+            iterator = self._compare_first_batches(iterator)
+        direction = 0 if self.module.stage_rank == 0 else 1
+        return {direction: iterator}
+
+    def _compare_first_batches(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
+        """Warns once if two shards read the same data; the first batch is put back."""
+        self._batches_compared = True
+        mine = None
+        if iterator is not None:
+            first = next(iterator, None)
+            if first is not None:
+                mine = (self.data_parallel_rank, _fingerprint(first))
+                iterator = itertools.chain([first], iterator)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine, group=self.process_groups.control)
+        if self.process_groups.rank == 0:
+            seen: dict[str, int] = {}
+            for shard, fingerprint in filter(None, found):
+                if fingerprint in seen:
+                    log.warning("data shards %d and %d of %d read identical first batches: give each rank its own shard by "
+                                "engine.data_parallel_rank and engine.data_parallel_world_size",
+                                seen[fingerprint], shard, self.data_parallel_world_size)
+                    break
+                seen[fingerprint] = shard
+        return iterator
+
+    # -- evaluation
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
+                   reduce_output: str | None = "avg", bcast_loss: bool = True,
+                   num_micro_batches: int | None = None) -> Any:
+        """Forward only, over both directions.
+
+        Args:
+            data_iter: on ranks where a direction starts: batches of this rank's shard.
+            return_logits: also return the outputs of the last stage, a list where a direction ends, None elsewhere.
+            compute_loss: False returns only those outputs.
+            reduce_output: "avg" for the mean loss; None for every micro-batch's, in the order of the global batch.
+            bcast_loss: the loss is the same on every rank in any case.
+            num_micro_batches: per direction; n if None.
+        """
+        count = num_micro_batches or self.gradient_accumulation_steps()
+        placement = self.plan().placement
+        key = ("evaluation", 2 * count)
+        if key not in self._plans:
+            self._plans[key] = forward_only(placement, self.module.num_stages, 2 * count)
+        was_training = self.module.training
+        self.module.eval()
+        batches = self._batches(data_iter)
+        try:
+            outcome = self.executor.run(self._plans[key], batches, self.global_steps, training=False,
+                                        keep_outputs=return_logits or not compute_loss, compute_loss=compute_loss)
+        finally:
+            self.module.train(was_training)
+        outputs = [value for _, value in sorted(outcome.outputs.items())] if self.is_last_stage() else None
+        if not compute_loss:
+            return outputs
+        loss = self._mean_loss(outcome.losses) if reduce_output == "avg" else self._all_losses(outcome.losses, count)
+        return (loss, outputs) if return_logits else loss
+
+    def _all_losses(self, losses: list[Tensor], count: int) -> Tensor:
+        """[n * 2D] losses in the order of the global batch; they arrive in order of micro-batch, one direction per rank."""
+        grid = self.process_groups.topology
+        every = torch.zeros(count, grid.data_parallel_size, device=self.device)
+        if losses:
+            direction = 1 if self.module.stage_rank == 0 else 0  # the one that ends here
+            every[:, grid.shard(direction, grid.replica(self.process_groups.rank))] = torch.stack(losses)
+        dist.all_reduce(every)
+        return every.flatten()
+
+    # -- reporting
+
+    def _gather_timeline(self, plan: Plan, spans: list[Any]) -> None:
+        """Collects what ran on every rank of the pipeline; clocks agree within a host."""
+        self._record = False
+        ranks: list[Any] = [None] * self.module.num_stages
+        dist.all_gather_object(ranks, spans, group=self.process_groups.pipeline)
+        start = min(s[0].start for s in ranks if s)
+        shifted = [[s._replace(start=s.start - start, end=s.end - start) for s in spans] for spans in ranks]
+        self.timeline = Timeline(f"{plan.name}, step {self.global_steps}", shifted)
+
+    def gather_expert_counts(self) -> dict[str, Tensor]:
+        """Tokens per expert of the last step for every router of the model, by name, on every rank; collective."""
+        found: list[Any] = [None] * dist.get_world_size()
+        mine = {name: counts.cpu() for name, counts in self.expert_counts.items()}
+        dist.all_gather_object(found, mine, group=self.process_groups.control)
+        merged: dict[str, Tensor] = {}
+        for part in found:
+            merged.update(part)
+        return dict(sorted(merged.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
+
+    def _report(self, loss: Tensor) -> None:
+        """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""
+        norm = self.get_global_grad_norm()
+        violations = [max_violation(c) for c in self.expert_counts.values()]
+        self.metrics = {"loss": loss.item(), "grad_norm": None if norm is None else float(norm), "lr": self.get_lr()[0],
+                        "max_violation": max(violations, default=None)}
+        every = self.steps_per_print()
+        due = every is not None and self.global_steps % every == 0
+        if due and self.global_rank == 0:
+            seconds = self.timers("train_batch").elapsed(reset=True) / 1000.0 / every
+            deepspeed.utils.log_dist(
+                f"steps: {self.global_steps} loss: {self.metrics['loss']:0.4f} iter time (s): {seconds:0.3f} "
+                f"samples/sec: {self.train_batch_size() / seconds:0.3f}", ranks=[0])
+        if due and self.wall_clock_breakdown():
+            self.timers.log(["pipeline", "reduce_gradients", "optimizer"])
+        if self.monitor.enabled and self.global_rank == 0:
+            names = {"loss": "train_loss", "lr": "lr", "grad_norm": "grad_norm", "max_violation": "max_violation"}
+            self.monitor.write_events([(f"Train/Samples/{names[k]}", v, self.global_samples)
+                                       for k, v in self.metrics.items() if v is not None])
+
+
+def _fingerprint(batch: Any) -> str:
+    """Of the inputs of a batch."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, (tuple, list)):
+            for v in value:
+                add(v)
+        elif isinstance(value, Tensor):
+            digest.update(str((tuple(value.shape), value.dtype)).encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    add(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""`megatron_ext.initialize`: the signature and the result of `deepspeed.initialize`, for a `megatron_ext.PipelineModule`.
+
+DeepSpeed has no registry of engines; its `initialize` looks up `deepspeed.DeepSpeedEngine` by name. Ours is put there for the
+time of the call, so that everything else that `initialize` does stays DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+
+from megatron_ext.config import (ConfigError, MegatronExtConfig, UserError, check_deepspeed_config, load_config,
+                                 parse_section, resolve_batch)
+from megatron_ext.engine import private
+from megatron_ext.engine.agreement import agree
+from megatron_ext.engine.engine import PipelineEngine
+from megatron_ext.layers.router import Router
+from megatron_ext.parallel import MirroredPipelineUnit
+from megatron_ext.pipeline.module import PipelineModule
+
+
+def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
+               training_data: Any = None, lr_scheduler: Any = None, distributed_port: int = 29500, mpu: Any = None,
+               dist_init_required: bool | None = None, collate_fn: Callable[..., Any] | None = None, config: Any = None,
+               mesh_param: Any = None, config_params: Any = None) -> tuple[Any, Any, Any, Any]:
+    """As `deepspeed.initialize`; a model that is not a `megatron_ext.PipelineModule` is DeepSpeed's as before.
+
+    Args:
+        args: may carry `deepspeed_config`, as the launcher's argument parser leaves it.
+        model: a `megatron_ext.PipelineModule`.
+        training_data: a map-style dataset of (inputs, labels); the engine reads its own shard of 2D.
+        config: path or dict; may hold a `megatron_ext` section.
+
+    Returns:
+        engine, optimizer, training data loader (None without training data), learning-rate scheduler.
+
+    Raises:
+        ConfigError: on every rank, for the first rule that the config breaks.
+    """
+    if config is None:
+        config = config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    if not isinstance(model, PipelineModule):
+        return deepspeed.initialize(args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
+                                    training_data=training_data, lr_scheduler=lr_scheduler,
+                                    distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
+                                    collate_fn=collate_fn, config=config, mesh_param=mesh_param)
+    if mpu is not None:
+        raise ConfigError("mpu", type(mpu).__name__, "PipelineModule brings its own", "leave the argument out")
+    if config is None:
+        raise ConfigError("config", None, "a ds_config is needed", "pass config= or --deepspeed_config")
+    ds_config, error = None, None
+    try:
+        ds_config = load_config(config)
+        section = parse_section(ds_config)
+        check_deepspeed_config(ds_config, section)
+        resolve_batch(ds_config, model.topology.data_parallel_size)
+        _check_placement(section, model)
+    except UserError as found:
+        error = found
+    agree(error, model.groups.control)
+    assert ds_config is not None
+    groups = model.groups
+    private.register_expert_groups(f"ep_size_{groups.topology.expert_parallel}", groups.expert_parallel,
+                                   groups.expert_parallel_ranks, groups.expert_data_parallel,
+                                   groups.expert_data_parallel_ranks)
+    if any(isinstance(m, Router) for m in model.modules()) or optimizer is None:
+        # Ours is among the optimizers that ZeRO has not heard of; it is tested here.
+        ds_config.setdefault("zero_allow_untested_optimizer", True)
+    with patch.object(deepspeed, "DeepSpeedEngine", PipelineEngine):
+        return deepspeed.initialize(args=None, model=model, optimizer=optimizer, model_parameters=model_parameters,
+                                    training_data=training_data, lr_scheduler=lr_scheduler,
+                                    distributed_port=distributed_port, mpu=MirroredPipelineUnit(groups),
+                                    dist_init_required=dist_init_required, collate_fn=collate_fn, config=ds_config,
+                                    mesh_param=mesh_param)
+
+
+def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:
+    for key, built, asked in (
+            ("pipeline.stages", model.num_stages, section.pipeline.stages),
+            ("pipeline.schedule", model.schedule, section.pipeline.schedule),
+            ("expert_parallel.size", model.topology.expert_parallel, section.expert_parallel.size)):
+        if asked is not None and asked != built:
+            raise ConfigError(f"megatron_ext.{key}", asked,
+                              f"the PipelineModule was built with {built!r}; the placement is fixed when it is built",
+                              "change one of the two, or give PipelineModule the same config=")

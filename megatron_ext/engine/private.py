@@ -1,0 +1,69 @@
+"""Every private name of DeepSpeed that megatron_ext leans on, in one place. Checked against DeepSpeed 0.19.8.
+
+Public and used elsewhere: `deepspeed.initialize`, `init_distributed`, `DeepSpeedEngine` as a base class,
+`coalesce_grad_reduction`, `set_gradient_accumulation_boundary`, the `mpu` protocol, `deepspeed.pipe` specs.
+
+`missing()` says what a new version of DeepSpeed took away; tests/engine/test_private.py calls it, and so does `doctor`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+
+SUPPORTED = "0.19"
+
+ENGINE_METHODS = {
+    "_configure_distributed_model": "overridden: tells DeepSpeed that the module has experts",
+    "_configure_basic_optimizer": "overridden: AdamW with BF16 moments",
+    "_do_optimizer_sanity_check": "overridden: BF16_Optimizer is never chosen",
+    "_take_model_step": "the optimizer step of a batch",
+    "_common_checkpoint_state": "contents of mp_rank_*_model_states.pt",
+    "_save_moe_checkpoint": "overridden: expert files of our layers",
+    "_get_ckpt_name": "name of the model states file",
+    "_get_expert_ckpt_name": "name of an expert's file",
+    "_get_optimizer_ckpt_name": "name of the expert-parallel optimizer file without ZeRO",
+    "load_module_state_dict": "overridden: merges the expert files",
+    "deepspeed_io": "overridden: micro-batches in a layout-free order",
+    "clip_fp32_gradients": "overridden: clipping without ZeRO is done on the FP32 gradients",
+}
+ENGINE_SOURCES = {
+    "_is_gradient_accumulation_boundary": "reset after a step",
+    "has_moe_layers": "set, so that expert gradients are reduced over their own group",
+    "num_experts": "set beside it",
+    "checkpoint_mp_rank": "number of the mirrored pair in file names",
+    "_global_grad_norm": "set where we compute the norm",
+    "_config": "reads _param_dict, sets zero_allow_untested_optimizer",
+}
+ZERO_SOURCES = {
+    "use_grad_accum_attribute": "whether gradients are taken from param.grad_accum (FP32) or param.grad",
+    "update_lp_params": "copies the FP32 master weights to the model after a load",
+    "single_partition_of_fp32_groups": "this rank's shard of the master weights",
+}
+GROUP_TABLES = ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
+                "_EXPERT_DATA_PARALLEL_GROUP_RANKS")
+
+
+def missing() -> list[str]:
+    """Private names that this DeepSpeed does not have, each with what it is for; empty if all is well."""
+    lost = [f"DeepSpeedEngine.{name}: {why}" for name, why in ENGINE_METHODS.items() if not hasattr(DeepSpeedEngine, name)]
+    source = inspect.getsource(DeepSpeedEngine)
+    lost += [f"DeepSpeedEngine().{name}: {why}" for name, why in ENGINE_SOURCES.items() if f"self.{name}" not in source]
+    source = inspect.getsource(DeepSpeedZeroOptimizer)
+    lost += [f"DeepSpeedZeroOptimizer.{name}: {why}" for name, why in ZERO_SOURCES.items() if name not in source]
+    lost += [f"deepspeed.utils.groups.{name}: pre-registered expert groups" for name in GROUP_TABLES
+             if not isinstance(getattr(groups, name, None), dict)]
+    if not hasattr(deepspeed, "DeepSpeedEngine"):
+        lost.append("deepspeed.DeepSpeedEngine: swapped while deepspeed.initialize runs")
+    return lost
+
+
+def register_expert_groups(name: str, parallel: Any, parallel_ranks: list[int], data: Any, data_ranks: list[int]) -> None:
+    """Makes DeepSpeed use our expert groups: it creates its own, for another layout, only where the name is unknown."""
+    for table, value in zip(GROUP_TABLES, (parallel, parallel_ranks, data, data_ranks), strict=True):
+        getattr(groups, table)[name] = value

@@ -1,0 +1,8 @@
+"""Where every rank stands: topology (arithmetic), process groups, the `mpu` for DeepSpeed, the private folder of JIT builds."""
+
+from megatron_ext.parallel.expert_parallel import ExpertParallel
+from megatron_ext.parallel.groups import ProcessGroups
+from megatron_ext.parallel.mpu import MirroredPipelineUnit
+from megatron_ext.parallel.topology import Topology
+
+__all__ = ["ExpertParallel", "MirroredPipelineUnit", "ProcessGroups", "Topology"]

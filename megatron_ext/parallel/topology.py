@@ -1,0 +1,116 @@
+"""The grid of ranks, as arithmetic (DeepSeek-V3 report, sections 3.2 and 3.2.1).
+
+Letters: P pipeline ranks, D replicas of the pipeline, N ranks of an expert-parallel group; rank = stage_rank * D + replica,
+DeepSpeed's own order with the pipeline outermost, so a block of expert-parallel ranks is contiguous and lies in a node.
+
+Under a bidirectional schedule the pipeline ranks i and P-1-i hold the same two stages. They are replicas of each other:
+their data-parallel group has 2D ranks, and everything that DeepSpeed shards over data parallelism is shared by the pair.
+For DeepSpeed the "model-parallel" ranks are then the P/2 pairs, for together they hold every parameter exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ext.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """P pipeline ranks x D replicas, experts split over N neighbouring replicas; pipeline ranks mirrored."""
+
+    stages: int
+    replicas: int
+    expert_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stages < 2 or self.stages % 2:
+            raise ConfigError("megatron_ext.pipeline.stages", self.stages,
+                              "a bidirectional pipeline needs an even number of ranks, at least 2")
+        if self.expert_parallel < 1 or self.replicas % self.expert_parallel:
+            raise ConfigError("megatron_ext.expert_parallel.size", self.expert_parallel,
+                              f"must divide the {self.replicas} replicas of the pipeline",
+                              "mirrored ranks run different stages at the same moment and cannot share an expert group")
+
+    @staticmethod
+    def of_world(world_size: int, stages: int, expert_parallel: int = 1) -> Topology:
+        """The topology that fills `world_size` ranks.
+
+        Raises:
+            ConfigError: if P does not divide the world, P is odd, or N does not divide D.
+        """
+        if stages < 1 or world_size % stages:
+            raise ConfigError("megatron_ext.pipeline.stages", stages, f"must divide the {world_size} ranks of this job")
+        return Topology(stages, world_size // stages, expert_parallel)
+
+    @property
+    def world_size(self) -> int:
+        return self.stages * self.replicas
+
+    @property
+    def pairs(self) -> int:
+        """P/2, the number of mirrored pairs: of distinct holders of parameters."""
+        return self.stages // 2
+
+    @property
+    def data_parallel_size(self) -> int:
+        """2D: both directions of every replica."""
+        return 2 * self.replicas
+
+    def stage_rank(self, rank: int) -> int:
+        """0..P-1, the place of `rank` in its pipeline."""
+        return rank // self.replicas
+
+    def replica(self, rank: int) -> int:
+        """0..D-1, the pipeline that `rank` belongs to."""
+        return rank % self.replicas
+
+    def rank_of(self, stage_rank: int, replica: int) -> int:
+        return stage_rank * self.replicas + replica
+
+    def pair(self, rank: int) -> int:
+        """0..P/2-1, the mirrored pair whose parameters `rank` holds."""
+        i = self.stage_rank(rank)
+        return min(i, self.stages - 1 - i)
+
+    def shard(self, direction: int, replica: int) -> int:
+        """0..2D-1, the data shard that `direction` of `replica` reads: the data-parallel rank of its first stage."""
+        return direction * self.replicas + replica
+
+    # Every list below covers the world (each rank once), in the order in which all ranks must create the groups.
+
+    def pipeline_groups(self) -> list[list[int]]:
+        return [[self.rank_of(i, d) for i in range(self.stages)] for d in range(self.replicas)]
+
+    def data_parallel_groups(self) -> list[list[int]]:
+        """Per pair: both mirrored ranks of every replica, so that group rank = shard."""
+        return [[self.rank_of(i, d) for i in (p, self.stages - 1 - p) for d in range(self.replicas)]
+                for p in range(self.pairs)]
+
+    def model_parallel_groups(self) -> list[list[int]]:
+        """Per replica and half of the pipeline: one holder of every parameter, in rank order as torch keeps groups."""
+        halves = (range(self.pairs), range(self.pairs, self.stages))
+        return [[self.rank_of(i, d) for i in half] for d in range(self.replicas) for half in halves]
+
+    def expert_parallel_groups(self) -> list[list[int]]:
+        n = self.expert_parallel
+        return [[self.rank_of(i, block + k) for k in range(n)]
+                for i in range(self.stages) for block in range(0, self.replicas, n)]
+
+    def expert_data_parallel_groups(self) -> list[list[int]]:
+        """Per pair and place k in an expert group: the replicas of the same experts, over both mirrored ranks."""
+        n = self.expert_parallel
+        return [[self.rank_of(i, d) for i in (p, self.stages - 1 - p) for d in range(k, self.replicas, n)]
+                for p in range(self.pairs) for k in range(n)]
+
+    def tied_groups(self, stages: list[int]) -> list[list[int]]:
+        """Ranks that sum the gradients of a parameter used by several `stages`, if those lie on more than one pair.
+
+        One group per replica and half of the pipeline: the data-parallel sum over the two halves then counts every use
+        once. Empty if one pair holds all the uses, for then autograd has summed them already.
+        """
+        pairs = sorted({min(s, self.stages - 1 - s) for s in stages})
+        if len(pairs) == 1:
+            return []
+        mirrored = [self.stages - 1 - p for p in reversed(pairs)]
+        return [[self.rank_of(i, d) for i in half] for d in range(self.replicas) for half in (pairs, mirrored)]

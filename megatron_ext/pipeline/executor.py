@@ -1,0 +1,297 @@
+"""Runs a plan on this rank: the instructions of a schedule become computations and messages.
+
+The executor knows nothing of any schedule. It walks the rank's list; a computation waits for the messages it needs and
+nothing else, a send starts right after the computation that made its data, and receives are posted ahead by the messenger.
+An activation lives from its forward to its input-grad: what is kept of a stage's output is the edge into its graph, so the
+output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients wait in a queue of operands
+(weight_gradients.py) until their W.
+
+A forward-backward pair is one instruction; here its two halves run one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megatron_ext.comm.point_to_point import Key, MessageError, Messenger, Spec
+from megatron_ext.config.errors import UserError
+from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, Transfer
+from megatron_ext.pipeline.module import PipelineModule, Value
+from megatron_ext.pipeline.random import RandomKey, preserved_generators
+from megatron_ext.pipeline.timeline import Span
+from megatron_ext.pipeline.weight_gradients import WeightGradients
+
+Batches = dict[int, Iterator[Any]]
+"""Per direction whose first stage is here: an iterator over (inputs, labels)."""
+
+
+class BatchError(UserError):
+    """The data iterator gave something that is not (inputs, labels), or ended early."""
+
+
+@dataclass
+class _Held:
+    """What is kept of a forward until its backward."""
+
+    inputs: list[Tensor]  # leaves; those that came from the stage before carry its gradient afterwards
+    roots: list[GradientEdge]  # into the graph: one per output that wants a gradient, or the loss
+    outputs: Spec | None  # what was sent on; None on the last stage
+
+
+@dataclass
+class Outcome:
+    """Of one step on this rank.
+
+    Attributes:
+        losses: of the micro-batches whose last stage is here, detached, in the order they ran.
+        outputs: of the last stage per (direction, micro-batch), if asked for.
+        spans: when every computation ran, seconds of the host's monotonic clock, if asked for.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    outputs: dict[tuple[int, int], Value] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+
+class Executor:
+    """One rank's engine room.
+
+    Args:
+        module: the rank's stages.
+        messenger: channels to the other ranks of this pipeline.
+        weights: where weight gradients go.
+        device: where the stages compute.
+        cast: dtype that floating-point model inputs are cast to; None leaves them.
+        set_counting: called with True around forwards of a training step and False otherwise, so that routers count
+            every token once, however often it is recomputed.
+        synchronize: waits for the device; used only while a timeline is recorded.
+    """
+
+    def __init__(self, module: PipelineModule, messenger: Messenger, weights: WeightGradients, device: torch.device,
+                 cast: torch.dtype | None = None, set_counting: Callable[[bool], None] = lambda _: None,
+                 synchronize: Callable[[], None] = lambda: None):
+        self.module, self.messenger, self.weights, self.device = module, messenger, weights, device
+        self.cast, self.set_counting, self.synchronize = cast, set_counting, synchronize
+        self.topology = module.topology
+        self.replica = self.topology.replica(module.groups.rank)
+
+    def run(self, plan: Plan, batches: Batches, step: int, training: bool = True, keep_outputs: bool = False,
+            record: bool = False, compute_loss: bool = True) -> Outcome:
+        """One step (or one evaluation) of `plan`.
+
+        Args:
+            plan: its `stages` must be the module's.
+            batches: data for the directions that start here.
+            step: number of optimizer steps so far; keys the random numbers.
+            training: False runs the forwards of a plan without graphs.
+            keep_outputs: keep what the last stages returned.
+            record: time every computation, waiting for the device around each.
+            compute_loss: False leaves the labels where they are and the losses out.
+
+        Raises:
+            BatchError: unusable data.
+            MessageError: a peer sent something that the plan does not have.
+        """
+        run = _Run(self, plan, batches, step, training, keep_outputs, record, compute_loss)
+        try:
+            run.expect()
+            for instruction in plan.instructions[self.module.stage_rank]:
+                if isinstance(instruction, Transfer):
+                    run.transfer(instruction)
+                else:
+                    run.compute(instruction)
+            self.messenger.finish()
+        finally:
+            self.set_counting(False)
+        assert not run.held, f"activations left over: {sorted(run.held)}"
+        return run.outcome
+
+
+class _Run:
+    """State of one step."""
+
+    def __init__(self, executor: Executor, plan: Plan, batches: Batches, step: int, training: bool, keep_outputs: bool,
+                 record: bool, compute_loss: bool):
+        self.x, self.plan, self.batches, self.step = executor, plan, batches, step
+        self.training, self.keep_outputs, self.record = training, keep_outputs, record
+        self.loss_fn, self.compute_loss = executor.module.loss_fn, compute_loss
+        self.needs_labels = compute_loss and self.loss_fn is not None
+        self.rank = executor.module.stage_rank
+        self.last = [len(stages) - 1 for stages in plan.placement]
+        self.held: dict[tuple[int, int, int], _Held] = {}
+        self.outgoing: dict[Message, Value] = {}
+        self.labels: dict[tuple[int, int], Any] = {}
+        self.outcome = Outcome()
+
+    # -- messages
+
+    def _peer(self, stage_rank: int) -> int:
+        return self.x.topology.rank_of(stage_rank, self.x.replica)
+
+    def expect(self) -> None:
+        """Announces what this rank will receive, in the order of each channel."""
+        keys = []
+        for instruction in self.plan.instructions[self.rank]:
+            if isinstance(instruction, Transfer) and instruction.kind[0] == "R":
+                m = instruction.message
+                keys.append((Key(m.kind, m.direction, m.stage, m.micro_batch), self._peer(m.source)))
+        for direction, ranks in enumerate(self.plan.placement):
+            if ranks[-1] == self.rank and ranks[0] != self.rank and self.needs_labels:
+                keys += [(Key("L", direction, 0, k), self._peer(ranks[0]))
+                         for k in range(self.plan.micro_batches_of(direction))]
+        self.x.messenger.expect(keys)
+
+    def transfer(self, instruction: Transfer) -> None:
+        if instruction.kind[0] == "R":
+            return  # posted by the messenger as soon as the message before it in the channel is here
+        m = instruction.message
+        self.x.messenger.send(Key(m.kind, m.direction, m.stage, m.micro_batch), self._peer(m.destination),
+                              self.outgoing.pop(m))
+
+    def _receive(self, message: Message) -> tuple[list[Tensor], Spec]:
+        return self.x.messenger.receive(Key(message.kind, message.direction, message.stage, message.micro_batch),
+                                        self._peer(message.source))
+
+    # -- computations
+
+    def compute(self, instruction: Compute | Pair) -> None:
+        if self.record:
+            ready = [self._prefetch(part) for part in instruction.parts]
+            self.x.synchronize()
+            start = time.perf_counter()
+            for part, received in zip(instruction.parts, ready, strict=True):
+                self._run(part, received)
+            self.x.synchronize()
+            self.outcome.spans.append(Span(start, time.perf_counter(), instruction))
+        else:
+            for part in instruction.parts:
+                self._run(part, self._prefetch(part))
+
+    def _prefetch(self, part: Compute) -> tuple[list[Tensor], Spec] | None:
+        """Waits for what a computation needs from another rank."""
+        messages = self.plan.needs(part)
+        return self._receive(messages[0]) if messages else None
+
+    def _run(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+        where = (part.direction, part.stage, part.micro_batch)
+        if part.kind == "F":
+            self._forward(part, received)
+        elif part.kind == "W":
+            self.x.weights.take(where)
+        else:
+            self._backward(part, received)
+
+    def _forward(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+        d, stage, k = part.direction, part.stage, part.micro_batch
+        if received is None:
+            value, inputs = self._load(d, k), []
+        else:
+            inputs, spec = received
+            for tensor, t in zip(inputs, spec.tensors, strict=True):
+                tensor.requires_grad_(t.requires_grad and self.training)
+            value = tuple(inputs) if spec.is_tuple else inputs[0]
+        key = self._random_key(d, k)
+        with preserved_generators(self.x.device), torch.set_grad_enabled(self.training):
+            self.x.set_counting(self.training)
+            output = self.x.module.run_stage(stage, value, key)
+            if stage == self.last[d]:
+                if self.keep_outputs:
+                    self.outcome.outputs[d, k] = output
+                if self.compute_loss:
+                    output = self._loss(d, k, output)
+            self.x.set_counting(False)
+        if stage == self.last[d]:
+            if self.training:
+                scaled = output / self.plan.micro_batches_of(d)
+                roots = [get_gradient_edge(scaled)] if scaled.requires_grad else []
+                self.held[d, stage, k] = _Held(inputs, roots, None)
+            return
+        tensors = output if isinstance(output, tuple) else (output,)
+        if self.training:
+            roots = [get_gradient_edge(t) for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+            outputs = Spec.of([t for t in tensors if isinstance(t, Tensor)], isinstance(output, tuple))
+            self.held[d, stage, k] = _Held(inputs, roots, outputs)
+        for message in self.plan.gives(part):
+            self.outgoing[message] = output
+
+    def _loss(self, direction: int, micro_batch: int, output: Any) -> Tensor:
+        loss = output if self.loss_fn is None else self.loss_fn(output, self._labels(direction, micro_batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise BatchError(f"the loss of direction {direction}, micro-batch {micro_batch} must be one number, "
+                             f"not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}")
+        self.outcome.losses.append(loss.detach().float().reshape(()))
+        return loss
+
+    def _backward(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+        d, stage, k = part.direction, part.stage, part.micro_batch
+        held = self.held.pop((d, stage, k))
+        gradients: list[Tensor | None]
+        if stage == self.last[d]:
+            gradients = [None for _ in held.roots]
+        else:
+            assert received is not None and held.outputs is not None
+            gradients = self._check_gradients(part, received[0], held.outputs)
+        defer = (d, stage, k) if part.kind == "I" else None
+        with preserved_generators(self.x.device):
+            self.x.weights.backward(held.roots, gradients, defer)
+        for message in self.plan.gives(part):
+            self.outgoing[message] = tuple(
+                torch.zeros_like(t) if t.grad is None else t.grad for t in held.inputs if t.requires_grad)
+
+    def _check_gradients(self, part: Compute, found: list[Tensor], outputs: Spec) -> list[Tensor | None]:
+        wanted = [t for t in outputs.tensors if t.requires_grad]
+        if [(tuple(g.shape), g.dtype) for g in found] != [(t.shape, t.dtype) for t in wanted]:
+            raise MessageError(f"gradient of direction {part.direction}, stage {part.stage}, micro-batch "
+                               f"{part.micro_batch}: got {[(tuple(g.shape), g.dtype) for g in found]}, but the outputs were "
+                               f"{[(t.shape, t.dtype) for t in wanted]}")
+        return list(found)
+
+    # -- data
+
+    def _random_key(self, direction: int, micro_batch: int) -> RandomKey:
+        grid = self.x.topology
+        shard = grid.shard(direction, self.x.replica)
+        number = micro_batch * grid.data_parallel_size + shard
+        return RandomKey(self.x.module.base_seed, self.step if self.training else -1, number)
+
+    def _load(self, direction: int, micro_batch: int) -> Value:
+        """The inputs of a micro-batch; its labels set off to the last stage."""
+        try:
+            batch = next(self.batches[direction])
+        except StopIteration:
+            raise BatchError(f"the data iterator ended at micro-batch {micro_batch} of "
+                             f"{self.plan.micro_batches_of(direction)} that a step needs") from None
+        if not self.needs_labels:
+            return self._on_device(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch, True)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise BatchError(f"a batch must be (inputs, labels), not {type(batch).__name__}"
+                             + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""))
+        labels = self._on_device(batch[1], False)
+        destination = self.plan.placement[direction][-1]
+        if destination == self.rank:
+            self.labels[direction, micro_batch] = labels
+        else:
+            self.x.messenger.send(Key("L", direction, 0, micro_batch), self._peer(destination), labels)
+        return self._on_device(batch[0], True)
+
+    def _labels(self, direction: int, micro_batch: int) -> Value:
+        source = self.plan.placement[direction][0]
+        if source == self.rank:
+            return self.labels.pop((direction, micro_batch))
+        tensors, spec = self.x.messenger.receive(Key("L", direction, 0, micro_batch), self._peer(source))
+        return tuple(tensors) if spec.is_tuple else tensors[0]
+
+    def _on_device(self, value: Any, cast: bool) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(self._on_device(v, cast) for v in value)
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value)
+        value = value.to(self.x.device, non_blocking=True)
+        return value.to(self.x.cast) if cast and self.x.cast is not None and value.is_floating_point() else value

@@ -1,0 +1,285 @@
+"""The instruction set of pipeline schedules, and the plan that a schedule makes of it.
+
+A schedule decides the order of computations on every rank; the messages between ranks follow from that order and from the
+placement of stages, so they are derived here once, for every schedule. The verifier, the simulator, the picture and the
+executor all read the same `Plan`.
+
+Words: a plan has P ranks and m micro-batches in all. A direction is one way through the model (DualPipe of the DeepSeek-V3
+report, section 3.2.1, has two); `placement[direction][stage]` is the rank that holds a stage. Stages are numbered along
+their direction, the stage that reads the data is 0; micro-batches are numbered per direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_ext.config.errors import UserError
+
+ComputeKind = Literal["F", "I", "W", "B"]
+TransferKind = Literal["SF", "RF", "SB", "RB"]
+
+# A receive is posted this many computations before the one that waits for it: its message then travels behind at least one
+# whole computation, no rank holds more than a few buffers, and DualPipe and the bidirectional orders stay free of deadlock
+# even where a send blocks its rank until the receive is posted (with 0 or 1 some of them do not).
+POST_AHEAD = 2
+
+
+class ScheduleError(UserError):
+    """A plan that cannot run, or a schedule that breaks a promise: says what is wrong and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """One computation of one stage on one micro-batch.
+
+    Kinds: "F" forward; "I" gradient of the input; "W" gradient of the weights, which completes the "I" of the same
+    direction, stage and micro-batch; "B" is I and W together.
+    """
+
+    kind: ComputeKind
+    direction: int
+    stage: int
+    micro_batch: int
+
+    @property
+    def parts(self) -> tuple[Compute, ...]:
+        return (self,)
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.direction}.{self.micro_batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A forward and a backward ("B" or "I") of two micro-batches that run as one, so that each hides the other's all-to-all.
+
+    `direction`, `stage` and `micro_batch` are those of the forward.
+    """
+
+    forward: Compute
+    backward: Compute
+    kind: ClassVar[Literal["FB"]] = "FB"
+
+    @property
+    def parts(self) -> tuple[Compute, ...]:
+        return (self.forward, self.backward)
+
+    @property
+    def direction(self) -> int:
+        return self.forward.direction
+
+    @property
+    def stage(self) -> int:
+        return self.forward.stage
+
+    @property
+    def micro_batch(self) -> int:
+        return self.forward.micro_batch
+
+    def __str__(self) -> str:
+        return f"{self.forward}&{self.backward}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What travels between two ranks, named by the computation that makes it.
+
+    Kind "F" is the activation that the forward of `stage` makes for `stage` + 1; kind "B" is the gradient that the backward
+    of `stage` makes for `stage` - 1. The five other fields follow from these four, so a message is its own key.
+    """
+
+    kind: Literal["F", "B"]
+    direction: int
+    stage: int
+    micro_batch: int
+    source: int
+    destination: int
+
+    def __str__(self) -> str:
+        what = "activation" if self.kind == "F" else "gradient"
+        return f"{what} {self.direction}.{self.micro_batch} of stage {self.stage}, rank {self.source} to {self.destination}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Starts sending ("SF", "SB") or posts the receive ("RF", "RB") of one message; neither waits.
+
+    `stage` is the stage that made the message.
+    """
+
+    kind: TransferKind
+    message: Message
+
+    @property
+    def direction(self) -> int:
+        return self.message.direction
+
+    @property
+    def stage(self) -> int:
+        return self.message.stage
+
+    @property
+    def micro_batch(self) -> int:
+        return self.message.micro_batch
+
+    @property
+    def peer(self) -> int:
+        return self.message.destination if self.kind[0] == "S" else self.message.source
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.direction}.{self.micro_batch}{'>' if self.kind[0] == 'S' else '<'}{self.peer}"
+
+
+Instruction = Compute | Pair | Transfer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank does in one step, in order.
+
+    Attributes:
+        name: of the schedule.
+        stages: P, the number of pipeline ranks.
+        micro_batches: m, of all directions together.
+        placement: for each direction the list stage -> rank.
+        instructions: for each rank its list; computations, and the transfers derived from them.
+        activation_limit: promise that no rank holds more activations at once, in a rank's whole share of the model for
+            one micro-batch; None promises nothing.
+        weight_grad_limit: promise that no rank has more weight gradients waiting for their W; None promises nothing.
+    """
+
+    name: str
+    stages: int
+    micro_batches: int
+    placement: list[list[int]]
+    instructions: list[list[Instruction]]
+    activation_limit: float | None = None
+    weight_grad_limit: int | None = None
+
+    @classmethod
+    def from_compute(
+        cls,
+        name: str,
+        placement: list[list[int]],
+        micro_batches: int,
+        compute: Sequence[Sequence[Compute | Pair]],
+        activation_limit: float | None = None,
+        weight_grad_limit: int | None = None,
+        post_ahead: int = POST_AHEAD,
+    ) -> Plan:
+        """The plan of this order of computations per rank, with its sends and receives (see `with_transfers`)."""
+        instructions = with_transfers(placement, compute, post_ahead)
+        return cls(name, len(compute), micro_batches, placement, instructions, activation_limit, weight_grad_limit)
+
+    @property
+    def chunks(self) -> int:
+        """Stages of one direction on each rank."""
+        return len(self.placement[0]) // self.stages
+
+    def micro_batches_of(self, direction: int) -> int:
+        """How many micro-batches run in this direction; the first direction takes the odd one."""
+        count, rest = divmod(self.micro_batches, len(self.placement))
+        return count + (direction < rest)
+
+    def compute(self, rank: int) -> list[Compute | Pair]:
+        """The instructions of a rank without sends and receives."""
+        return [i for i in self.instructions[rank] if not isinstance(i, Transfer)]
+
+    def needs(self, instruction: Compute | Pair) -> list[Message]:
+        """The messages from other ranks that this computation waits for."""
+        return needs(self.placement, instruction)
+
+    def gives(self, instruction: Compute | Pair) -> list[Message]:
+        """The messages that this computation makes for other ranks."""
+        return gives(self.placement, instruction)
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.stages} ranks, {self.micro_batches} micro-batches"
+        rows = (f"{rank:3d}| " + " ".join(map(str, self.compute(rank))) for rank in range(self.stages))
+        return "\n".join((head, *rows))
+
+
+def needs(placement: list[list[int]], instruction: Compute | Pair) -> list[Message]:
+    """The messages from other ranks that this computation waits for: an activation, a gradient, or in a pair both."""
+    found = []
+    for kind, direction, stage, micro_batch in _flows(instruction):
+        ranks, source = placement[direction], stage - 1 if kind == "F" else stage + 1
+        if 0 <= source < len(ranks) and ranks[source] != ranks[stage]:
+            found.append(Message(kind, direction, source, micro_batch, ranks[source], ranks[stage]))
+    return found
+
+
+def gives(placement: list[list[int]], instruction: Compute | Pair) -> list[Message]:
+    """The messages that this computation makes for other ranks."""
+    found = []
+    for kind, direction, stage, micro_batch in _flows(instruction):
+        ranks, target = placement[direction], stage + 1 if kind == "F" else stage - 1
+        if 0 <= target < len(ranks) and ranks[target] != ranks[stage]:
+            found.append(Message(kind, direction, stage, micro_batch, ranks[stage], ranks[target]))
+    return found
+
+
+def _flows(instruction: Compute | Pair) -> list[tuple[Literal["F", "B"], int, int, int]]:
+    """What moves between stages in this computation: ("F" along the direction or "B" against it, direction, stage, mb)."""
+    return [
+        ("F" if part.kind == "F" else "B", part.direction, part.stage, part.micro_batch)
+        for part in instruction.parts
+        if part.kind != "W"
+    ]
+
+
+def with_transfers(
+    placement: list[list[int]], compute: Sequence[Sequence[Compute | Pair]], post_ahead: int = POST_AHEAD
+) -> list[list[Instruction]]:
+    """Adds the sends and receives that an order of computations implies.
+
+    A send follows the computation that made the message. Between two ranks receives are posted in the order of the sends,
+    so that no tags are needed, each `post_ahead` computations before its use, or earlier where a message sent later is
+    used sooner. Receives come before the sends of the same gap: a rank offers before it asks.
+
+    Raises:
+        ScheduleError: a message that is made is never used, or one that is used is never made.
+    """
+    use: dict[Message, int] = {}
+    sent: dict[tuple[int, int], list[Message]] = {}
+    sends: list[dict[int, list[Message]]] = [{} for _ in compute]
+    for rank, order in enumerate(compute):
+        for index, instruction in enumerate(order):
+            for message in needs(placement, instruction):
+                use[message] = index
+            made = gives(placement, instruction)
+            if made:
+                sends[rank][index] = made
+            for message in made:
+                sent.setdefault((rank, message.destination), []).append(message)
+    made_at_all = [message for messages in sent.values() for message in messages]
+    _same_messages(made_at_all, use)
+
+    posts: list[dict[int, list[Message]]] = [{} for _ in compute]
+    for (_, destination), messages in sent.items():
+        latest = len(compute[destination])
+        slots = []
+        for message in reversed(messages):
+            latest = min(latest, max(0, use[message] - post_ahead))
+            slots.append(latest)
+        for message, slot in zip(messages, reversed(slots), strict=True):
+            posts[destination].setdefault(slot, []).append(message)
+
+    instructions: list[list[Instruction]] = []
+    for order, post, send in zip(compute, posts, sends, strict=True):
+        out: list[Instruction] = []
+        for index, instruction in enumerate(order):
+            out += (Transfer("RF" if message.kind == "F" else "RB", message) for message in post.get(index, ()))
+            out += (Transfer("SF" if message.kind == "F" else "SB", message) for message in send.get(index - 1, ()))
+            out.append(instruction)
+        out += (Transfer("SF" if message.kind == "F" else "SB", message) for message in send.get(len(order) - 1, ()))
+        instructions.append(out)
+    return instructions
+
+
+def _same_messages(made: Iterable[Message], used: Iterable[Message]) -> None:
+    made, used = set(made), set(used)
+    for message in sorted(made ^ used, key=str):
+        raise ScheduleError(f"{message}: " + ("nobody uses it" if message in made else "nobody makes it"))

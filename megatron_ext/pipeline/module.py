@@ -1,0 +1,283 @@
+"""PipelineModule: a model as a list of layers, of which each rank builds the stages it will run.
+
+The constructor is that of `deepspeed.pipe.PipelineModule` (which cannot be used: it builds one stage per rank and
+`DeepSpeedEngine` treats it apart). Under a bidirectional schedule pipeline rank i builds stages i and P-1-i; both ranks of
+the mirrored pair register the same parameters under the same names in the same order, as ZeRO requires of replicas.
+
+Specs are known by their face alone: a `LayerSpec` has `build()`, a `TiedLayerSpec` also `key`. Layers of ours have
+`canonical_name` (the prefix of their parameters' Hugging Face names) and `set_expert_parallel`; other layers are registered
+as `layers.<index>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ext.config import ConfigError, MegatronExtConfig, check_sizes, load_config, parse_section
+from megatron_ext.layers.linear import Linear
+from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology
+from megatron_ext.pipeline.partition import partition
+from megatron_ext.pipeline.random import RandomKey
+
+Value = Tensor | tuple[Tensor, ...]
+
+
+@dataclass
+class _Layer:
+    """One layer of the model as this rank holds it."""
+
+    index: int
+    call: Callable[[Any], Any]
+
+
+class PipelineModule(nn.Module):
+    """The stages of this rank, and the placement of all of them.
+
+    Args:
+        layers: specs, modules or functions of one argument, in order; an `nn.Sequential` will do.
+        num_stages: P, pipeline ranks; taken from `config` if None.
+        topology: refused with a model axis; otherwise its pipe axis gives P.
+        loss_fn: `loss_fn(output of the last layer, labels) -> scalar`; if None the last layer returns the loss.
+        seed_layers, seed_fn: as in DeepSpeed; layers are seeded by index in any case, so that a layout never changes
+            what a layer starts from, and `seed_fn` replaces the way that is done.
+        base_seed: layer i is built under seed `base_seed + i`; also the seed of the run's dropout.
+        partition_method: `uniform`, `parameters` or `type:<regex>`.
+        activation_checkpoint_interval: recompute this many layers at a time in backward; 0 keeps activations.
+        activation_checkpoint_func: for compatibility; None uses torch's non-reentrant checkpoint.
+        checkpointable_layers: class names that may be recomputed; None for all.
+        dynamic_shape: accepted and not needed: messages carry their shapes.
+        schedule: the pipeline schedule, which decides the placement; taken from `config` if None.
+        config: path or dict of the DeepSpeed config, to read P, the schedule and the expert-parallel size from.
+        process_groups: reuse groups made before (tests).
+
+    Raises:
+        ConfigError: sizes that cannot work, or an argument that disagrees with `config`.
+    """
+
+    def __init__(self, layers: Iterable[Any], num_stages: int | None = None, topology: Any = None,
+                 loss_fn: Callable[..., Tensor] | None = None, seed_layers: bool = False,
+                 seed_fn: Callable[[int], None] | None = None, base_seed: int = 1234,
+                 partition_method: str = "parameters", activation_checkpoint_interval: int = 0,
+                 activation_checkpoint_func: Callable[..., Any] | None = None,
+                 checkpointable_layers: Sequence[str] | None = None, dynamic_shape: bool = False, *,
+                 schedule: str | None = None, config: str | Path | dict[str, Any] | None = None,
+                 process_groups: ProcessGroups | None = None):
+        super().__init__()
+        if not dist.is_initialized():
+            raise ConfigError("torch.distributed", "not initialised",
+                              "the placement of a pipeline needs the ranks", "call deepspeed.init_distributed() first")
+        section = parse_section(load_config(config)) if config is not None else MegatronExtConfig()
+        self.schedule = _agree("schedule", schedule, section.pipeline.schedule if config is not None else None, "dualpipe")
+        self.num_stages = _agree("stages", _stages_of(topology, num_stages), section.pipeline.stages, None)
+        self.loss_fn = loss_fn
+        self.base_seed = base_seed
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self._checkpoint = activation_checkpoint_func
+        self._checkpointable = checkpointable_layers
+        self._seed_fn = seed_fn
+
+        specs = list(layers)
+        check_sizes(dist.get_world_size(), self.num_stages, section.expert_parallel.size, len(specs))
+        grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size)
+        self.bounds = partition(partition_method, [_type_name(s) for s in specs],
+                                self._count_parameters(specs) if partition_method.lower() == "parameters"
+                                else [0] * len(specs), self.num_stages)
+        self.groups = process_groups or ProcessGroups.create(grid)
+        self.topology = self.groups.topology
+        self.stage_rank = self.topology.stage_rank(self.groups.rank)
+        self.stages = sorted({self.stage_rank, self.num_stages - 1 - self.stage_rank})
+        self.tied_groups_ranks: dict[str, list[list[int]]] = {}
+        self._tied: dict[str, nn.Module] = {}
+        self._layers: dict[int, list[_Layer]] = {}
+        self._build(specs, self.groups.expert_placement())
+        self._mark_tied(specs)
+        self.split_parameters = self._split_linears()
+
+    # -- building
+
+    def _count_parameters(self, specs: Sequence[Any]) -> list[int]:
+        """Trainable parameters per layer, without allocating them where the layer can be built on `meta`."""
+        counts = []
+        for index, spec in enumerate(specs):
+            layer = spec
+            if hasattr(spec, "build"):
+                with torch.random.fork_rng(devices=[]):
+                    try:
+                        with torch.device("meta"):
+                            layer = self._build_layer(spec, index, ExpertParallel.single())
+                    except (NotImplementedError, RuntimeError):  # a constructor that computes with its weights
+                        layer = self._build_layer(spec, index, ExpertParallel.single())
+            counts.append(sum(p.numel() for p in layer.parameters() if p.requires_grad)
+                          if isinstance(layer, nn.Module) else 0)
+        return counts
+
+    def _build_layer(self, spec: Any, index: int, experts: ExpertParallel) -> Any:
+        if not hasattr(spec, "build"):
+            return spec
+        (self._seed_fn or torch.manual_seed)(self.base_seed + index)
+        layer = spec.build()
+        if hasattr(layer, "set_expert_parallel"):
+            layer.set_expert_parallel(experts)
+        return layer
+
+    def _build(self, specs: Sequence[Any], experts: ExpertParallel) -> None:
+        first_use: dict[str, int] = {}
+        for index, spec in enumerate(specs):
+            if hasattr(spec, "key"):
+                first_use.setdefault(spec.key, index)
+        with torch.random.fork_rng(devices=[]):
+            for stage in self.stages:
+                self._layers[stage] = []
+                for index in range(self.bounds[stage], self.bounds[stage + 1]):
+                    spec = specs[index]
+                    if hasattr(spec, "key"):  # every holder starts from the seed of the first use
+                        if spec.key not in self._tied:
+                            owner = first_use[spec.key]
+                            self._tied[spec.key] = self._build_layer(specs[owner], owner, experts)
+                            self._register(self._tied[spec.key], owner)
+                        module = self._tied[spec.key]
+                        call = module if spec.forward_fn is None else partial(spec.forward_fn, module)
+                    else:
+                        call = self._build_layer(spec, index, experts)
+                        if isinstance(call, nn.Module):
+                            self._register(call, index)
+                    self._layers[stage].append(_Layer(index, call))
+
+    def _register(self, layer: nn.Module, index: int) -> None:
+        """Registers a layer under its dotted name, making the containers in between."""
+        *path, leaf = getattr(layer, "canonical_name", f"layers.{index}").split(".")
+        parent: nn.Module = self
+        for name in path:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent._modules[name]  # type: ignore[assignment]
+        parent.add_module(leaf, layer)
+
+    def _mark_tied(self, specs: Sequence[Any]) -> None:
+        stage_of = [s for s in range(self.num_stages) for _ in range(self.bounds[s], self.bounds[s + 1])]
+        uses: dict[str, list[int]] = {}
+        for index, spec in enumerate(specs):
+            if hasattr(spec, "key"):
+                uses.setdefault(spec.key, []).append(stage_of[index])
+        for key, stages in uses.items():
+            groups = self.topology.tied_groups(stages)
+            if not groups:
+                continue
+            self.tied_groups_ranks[key] = groups
+            owner = self.topology.pair(self.topology.rank_of(stages[0], 0))
+            if key in self._tied and self.topology.pair(self.groups.rank) != owner:
+                for p in self._tied[key].parameters():  # DeepSpeed's mark: leave it out of gradient norms
+                    p.ds_pipe_replicated = True
+
+    def tied_parameters(self, key: str) -> list[nn.Parameter]:
+        """This rank's parameters of a tied key, in order; empty if it has none."""
+        return list(self._tied[key].parameters()) if key in self._tied else []
+
+    def _split_linears(self) -> dict[str, bool]:
+        """Lets plain `nn.Linear`s split their weight gradient; returns which trainable matrices are split, by name.
+
+        Only the exact class is touched: a subclass, or a module with parametrizations, may do anything with its weight.
+        """
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear
+        split: dict[str, bool] = {}
+        for name, module in self.named_modules():
+            native = isinstance(module, Linear) or getattr(module, "splits_weight_grad", False)
+            for leaf, p in module.named_parameters(recurse=False):
+                if p.requires_grad:
+                    split[f"{name}.{leaf}"] = native
+        return split
+
+    # -- running
+
+    def run_stage(self, stage: int, value: Value, key: RandomKey | None = None) -> Value:
+        """Forward through the layers of one local stage.
+
+        Args:
+            stage: one of `self.stages`.
+            value: what the stage before passed on.
+            key: names the random numbers; None leaves the generators alone.
+        """
+        layers = self._layers[stage]
+        interval = self.activation_checkpoint_interval
+        if not interval or not torch.is_grad_enabled():
+            return _run_layers(layers, key, value)
+        for start in range(0, len(layers), interval):
+            block = layers[start:start + interval]
+            if all(self._may_recompute(layer) for layer in block):
+                run = partial(_run_layers, block, key)
+                value = self._checkpoint(run, value) if self._checkpoint else \
+                    checkpoint(run, value, use_reentrant=False, preserve_rng_state=False)
+            else:
+                value = _run_layers(block, key, value)
+        return value
+
+    def _may_recompute(self, layer: _Layer) -> bool:
+        if not isinstance(layer.call, nn.Module):
+            return False
+        if self._checkpointable is not None:
+            return type(layer.call).__name__ in self._checkpointable
+        return any(True for _ in layer.call.parameters())
+
+    def children_with(self, method: str) -> list[Any]:
+        """The local layers that have a method of this name, each once."""
+        found: dict[int, Any] = {}
+        for layers in self._layers.values():
+            for layer in layers:
+                if hasattr(layer.call, method):
+                    found[id(layer.call)] = layer.call
+        for module in self._tied.values():
+            if hasattr(module, method):
+                found[id(module)] = module
+        return list(found.values())
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("a pipeline's layers lie on several ranks: use engine.train_batch() or engine.eval_batch()")
+
+
+def _run_layers(layers: Sequence[_Layer], key: RandomKey | None, value: Value) -> Value:
+    for layer in layers:
+        if key is not None:
+            key.seed_layer(layer.index)
+        value = layer.call(value)
+    return value
+
+
+def _type_name(spec: Any) -> str:
+    if hasattr(spec, "build"):
+        return getattr(spec.typename, "__name__", str(spec.typename))
+    return type(spec).__name__ if isinstance(spec, nn.Module) else ""
+
+
+def _stages_of(topology: Any, num_stages: int | None) -> int | None:
+    if topology is None:
+        return num_stages
+    for axis in topology.get_axis_names():
+        if axis not in ("pipe", "data") and topology.get_dim(axis) > 1:
+            raise ConfigError("topology", axis, f"has size {topology.get_dim(axis)}; only pipe and data axes are supported",
+                              "leave tensor and sequence parallelism out")
+    return _agree("num_stages", num_stages, topology.get_dim("pipe"), None)
+
+
+def _agree(what: str, argument: Any, configured: Any, default: Any) -> Any:
+    """The one value that the argument and the config agree on."""
+    if argument is not None and configured is not None and argument != configured:
+        raise ConfigError(f"megatron_ext.pipeline.{what}", configured,
+                          f"PipelineModule was given {argument!r}; the placement is fixed when the module is built",
+                          "change one of the two")
+    value = argument if argument is not None else configured
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError("megatron_ext.pipeline.stages", None, "the number of pipeline ranks is not given",
+                          "pass num_stages= or config= to PipelineModule")
+    return value

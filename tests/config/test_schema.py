@@ -1,0 +1,152 @@
+"""The `megatron_ext` section: defaults, and one sentence per mistake, naming key, value and what to write instead."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.config import ConfigError, MegatronExtConfig, parse_section
+
+KEYS = {part: tuple(field.annotation.model_fields) for part, field in MegatronExtConfig.model_fields.items()}
+
+
+def parse(section):
+    return parse_section({"megatron_ext": section})
+
+
+def message(section) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse(section)
+    assert isinstance(error.value, ValueError)
+    return str(error.value)
+
+
+def test_defaults_without_a_section():
+    assert parse_section({"train_batch_size": 8}).resolved() == {
+        "pipeline": {"schedule": "dualpipe", "stages": None},
+        "expert_parallel": {"size": 1, "dispatch_dtype": "model", "combine_dtype": "model"},
+        "fp8": {"enabled": False},
+        "kernels": {"backend": "auto"},
+        "router": {"balancing": "aux_loss_free", "bias_update_speed": 0.001},
+        "optimizer": {"moment_dtype": None},
+    }
+
+
+def test_every_key_can_be_set_and_the_record_reads_back():
+    section = {
+        "pipeline": {"schedule": "dualpipe", "stages": 4},
+        "expert_parallel": {"size": 2, "dispatch_dtype": "bf16", "combine_dtype": "bf16"},
+        "fp8": {"enabled": True},
+        "kernels": {"backend": "reference"},
+        "router": {"balancing": "none", "bias_update_speed": 0},
+        "optimizer": {"moment_dtype": "bf16"},
+    }
+    resolved = parse(section).resolved()
+    assert resolved == section
+    assert parse(json.loads(json.dumps(resolved))).resolved() == section
+
+
+@pytest.mark.parametrize("fp8, given_dtype, dtype", [
+    (True, None, "fp8"), (False, None, "model"), (True, "model", "model"), (False, "fp8", "fp8")])
+def test_dispatch_is_fp8_where_fp8_is_on_unless_chosen(fp8, given_dtype, dtype):
+    config = parse({"expert_parallel": {"dispatch_dtype": given_dtype}, "fp8": {"enabled": fp8}})
+    assert config.expert_parallel.dispatch_dtype == dtype
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse({}).fp8.enabled = True
+
+
+@pytest.mark.parametrize("section, expected", [
+    ({"pipeline": {"stages": "four"}}, "megatron_ext.pipeline.stages = 'four': must be an integer of at least 1"),
+    ({"pipeline": {"stages": "4"}}, "megatron_ext.pipeline.stages = '4': must be an integer"),
+    ({"pipeline": {"stages": True}}, "megatron_ext.pipeline.stages = True: must be an integer"),
+    ({"pipeline": {"stages": 4.0}}, "megatron_ext.pipeline.stages = 4.0: must be an integer"),
+    ({"pipeline": {"stages": 0}}, "megatron_ext.pipeline.stages = 0: must be an integer of at least 1"),
+    ({"pipeline": {"schedule": "dualpip"}},
+     'megatron_ext.pipeline.schedule = \'dualpip\': must be "dualpipe"; did you mean "dualpipe"?'),
+    ({"expert_parallel": {"size": None}}, "megatron_ext.expert_parallel.size = None: must be an integer of at least 1"),
+    ({"expert_parallel": {"dispatch_dtype": "fp16"}},
+     'megatron_ext.expert_parallel.dispatch_dtype = \'fp16\': must be "model", "bf16", "fp8" or null'),
+    ({"expert_parallel": {"combine_dtype": "fp8"}},
+     'megatron_ext.expert_parallel.combine_dtype = \'fp8\': must be "model" or "bf16"'),
+    ({"fp8": {"enabled": 1}}, "megatron_ext.fp8.enabled = 1: must be true or false"),
+    ({"fp8": {"enabled": "true"}}, "megatron_ext.fp8.enabled = 'true': must be true or false"),
+    ({"kernels": {"backend": ["cpu"]}}, "megatron_ext.kernels.backend = ['cpu']: must be \"auto\""),
+    ({"router": {"balancing": "loss_free"}},
+     'megatron_ext.router.balancing = \'loss_free\': must be "aux_loss_free" or "none"; did you mean "aux_loss_free"?'),
+    ({"router": {"bias_update_speed": -0.1}},
+     "megatron_ext.router.bias_update_speed = -0.1: must be a number of at least 0"),
+    ({"router": {"bias_update_speed": float("nan")}}, "megatron_ext.router.bias_update_speed = nan: must be a number"),
+    ({"router": {"bias_update_speed": float("inf")}}, "megatron_ext.router.bias_update_speed = inf: must be a number"),
+    ({"router": {"bias_update_speed": "1e-3"}}, "megatron_ext.router.bias_update_speed = '1e-3': must be a number"),
+    ({"router": {"bias_update_speed": False}}, "megatron_ext.router.bias_update_speed = False: must be a number"),
+    ({"optimizer": {"moment_dtype": "fp16"}}, 'megatron_ext.optimizer.moment_dtype = \'fp16\': must be "bf16", "fp32"'),
+    ({"pipeline": 4}, "megatron_ext.pipeline = 4: must be an object"),
+    ({"fp8": True}, "megatron_ext.fp8 = True: must be an object"),
+    (None, "megatron_ext = None: must be an object"),
+    ([], "megatron_ext = []: must be an object"),
+    ({1: 2}, "megatron_ext.1 = 1: every key must be a string"),
+])
+def test_a_wrong_value_names_its_key_and_what_it_must_be(section, expected):
+    assert message(section).startswith(expected)
+
+
+@pytest.mark.parametrize("section, key, value", [
+    ({"pipeline": {"chunks": 1}}, "megatron_ext.pipeline.chunks", 1),
+    ({"pipeline": {"memory_limit": None}}, "megatron_ext.pipeline.memory_limit", None),
+    ({"pipeline": {"overlap": True}}, "megatron_ext.pipeline.overlap", True),
+    ({"pipeline": {"trace": "t.json"}}, "megatron_ext.pipeline.trace", "t.json"),
+    ({"pipeline": {"schedule": "1f1b"}}, "megatron_ext.pipeline.schedule", "1f1b"),
+    ({"pipeline": {"schedule": "auto"}}, "megatron_ext.pipeline.schedule", "auto"),
+    ({"kernels": {"backend": "triton"}}, "megatron_ext.kernels.backend", "triton"),
+    ({"expert_parallel": {"two_hop": "auto"}}, "megatron_ext.expert_parallel.two_hop", "auto"),
+    ({"expert_parallel": {"ranks_per_node": 8}}, "megatron_ext.expert_parallel.ranks_per_node", 8),
+    ({"router": {"sequence_loss": 0.0001}}, "megatron_ext.router.sequence_loss", 0.0001),
+    ({"recompute": ["mlp"]}, "megatron_ext.recompute", ["mlp"]),
+    ({"ema": {"decay": 0.999}}, "megatron_ext.ema", {"decay": 0.999}),
+    ({"load": "x"}, "megatron_ext.load", "x"),
+])
+def test_what_comes_later_is_refused_as_such(section, key, value):
+    assert message(section).startswith(f"{key} = {value!r}: is not available yet")
+
+
+@pytest.mark.parametrize("section, nearest", [
+    ({"pipelin": {}}, "megatron_ext.pipeline"),
+    ({"pipeline": {"stage": 4}}, "megatron_ext.pipeline.stages"),
+    ({"stages": 4}, "megatron_ext.pipeline.stages"),
+    ({"pipeline": {"size": 4}}, "megatron_ext.expert_parallel.size"),
+    ({"fp8": {"Enabled": True}}, "megatron_ext.fp8.enabled"),
+    ({"pipeline": {"chunk": 1}}, "megatron_ext.pipeline.chunks (not available yet)"),
+])
+def test_an_unknown_key_gets_the_nearest_name(section, nearest):
+    assert message(section).endswith(f"; the nearest name is {nearest}")
+
+
+@given(st.sampled_from([(part, key) for part, keys in KEYS.items() for key in keys]), st.data())
+def test_one_typo_in_any_key_finds_that_key(names, data):
+    part, key = names
+    at = data.draw(st.integers(0, len(key) - 1))
+    letter = data.draw(st.sampled_from("qxz0"))
+    before, after = key[:at], key[at + 1:]
+    typo = data.draw(st.sampled_from([before + after, before + letter + key[at:], before + letter + after]))
+    text = message({part: {typo: 1}})
+    assert text.startswith(f"megatron_ext.{part}.{typo} = 1: is not a key here, where there are {KEYS[part][0]}")
+    assert text.endswith(f"the nearest name is megatron_ext.{part}.{key}")
+
+
+def test_the_first_mistake_of_the_file_is_reported():
+    wrong = {"router": {"balancing": 3, "speed": 1}, "fp8": {"enable": True}, "pipeline": {"stages": "x", "chunks": 2}}
+    assert message(wrong).startswith("megatron_ext.router.balancing = 3")
+    del wrong["router"]["balancing"]
+    assert message(wrong).startswith("megatron_ext.router.speed = 1")
+    del wrong["router"]
+    assert message(wrong).startswith("megatron_ext.fp8.enable = True")
+    del wrong["fp8"]
+    assert message(wrong).startswith("megatron_ext.pipeline.stages = 'x'")
+    wrong["pipeline"] = dict(reversed(wrong["pipeline"].items()))
+    assert message(wrong).startswith("megatron_ext.pipeline.chunks = 2")
