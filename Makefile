@@ -34,7 +34,7 @@ else
 endif
 # The launcher starts ranks with the Python it runs on, and DeepSpeed's builds look for `ninja` beside it.
 WITH_PATH = PATH="$$(dirname "$$(command -v "$(PY)")"):$$PATH"
-PIP = "$(PY)" -m pip --disable-pip-version-check -q install
+PIP = "$(PY)" -m pip --disable-pip-version-check -q install --no-compile
 LIBRARY := kernels/cpu/libmegatron_ext_cpu.so
 
 help:

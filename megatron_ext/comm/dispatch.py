@@ -9,8 +9,8 @@ tensors of bytes are all there is, so that a schedule can later start and finish
     unpack     permute what came so that the rows of an expert are neighbours
 
 Going out, rows are in `dispatch_dtype` (FP8 halves the traffic); coming back in `combine_dtype`. Backward likewise: the
-gradient of `combine` goes out like a token, the gradient of `dispatch` comes back like a result. Rounding has the identity
-as its gradient.
+gradient of `combine` goes out like a token, the gradient of `dispatch` comes back like a result; rounding has the
+identity as its gradient.
 
 Shape letters: T tokens here, k experts of a token, E experts, N ranks of the group, R rows received, h hidden size.
 """
@@ -114,9 +114,9 @@ class Dispatcher:
         pack = flat.argsort(stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, flat, torch.ones_like(flat))
-        route = dict(experts_per_token=experts.shape[-1], pack=pack, unpack_copies=inverse_permutation(pack))
+        k, unpack_copies = experts.shape[-1], inverse_permutation(pack)
         if self.ep.size == 1:
-            return DispatchPlan(**route, rows_sent=[len(flat)], rows_received=[len(flat)], unpack=None,
+            return DispatchPlan(k, pack, unpack_copies, rows_sent=[len(flat)], rows_received=[len(flat)], unpack=None,
                                 pack_results=None, group_sizes=counts.tolist())
 
         sent_NE = counts.unflatten(0, (self.ep.size, -1))
@@ -126,8 +126,7 @@ class Dispatcher:
         local = torch.arange(received_NE.shape[1], device=x.device).repeat(self.ep.size)
         expert_of_row = local.repeat_interleave(received_NE.flatten(), output_size=sum(rows_received))
         unpack = expert_of_row.argsort(stable=True)
-        return DispatchPlan(**route, rows_sent=rows_sent, rows_received=rows_received, unpack=unpack,
-                            pack_results=inverse_permutation(unpack),
+        return DispatchPlan(k, pack, unpack_copies, rows_sent, rows_received, unpack, inverse_permutation(unpack),
                             group_sizes=[sum(column) for column in zip(*received, strict=True)])
 
     def _exchange_counts(self, sent_NE: Tensor, x: Tensor) -> tuple[Tensor, list[int], list[list[int]]]:
@@ -137,15 +136,14 @@ class Dispatcher:
             sent_NE: [N, E/N] int64.
 
         Returns:
-            The same from each rank, for the experts here; on the host the rows sent to each rank, and what was received.
+            The same from each rank, for the experts here; rows sent to each rank; the first again, on the host.
         """
         # Backends accept a message of the wrong size or dtype silently, so each says what it is about to send.
         mine = [x.shape[-1], _MODEL_DTYPES.index(x.dtype), FORMATS.index(self.dispatch_dtype),
                 FORMATS.index(self.combine_dtype)]
         header = torch.tensor(mine, device=x.device).expand(self.ep.size, -1)
         ones = [1] * self.ep.size
-        assert self.ep.group is not None
-        received = exchange(torch.cat((header, sent_NE), dim=1), ones, ones, self.ep.group)
+        received = self._exchange(torch.cat((header, sent_NE), dim=1), ones, ones)
         on_host = torch.cat((received, sent_NE.sum(1, keepdim=True)), dim=1).tolist()
         for rank, row in enumerate(on_host):
             theirs = row[: len(mine)]
@@ -181,7 +179,7 @@ class Dispatcher:
         """[T, b] rows of tokens, or [T*k, b] rows of copies -> [R, b], all uint8."""
         rows = rows[plan.pack // plan.experts_per_token if tokens else plan.pack]
         if self.ep.size > 1:
-            rows = exchange(rows, plan.rows_sent, plan.rows_received, self.ep.group)
+            rows = self._exchange(rows, plan.rows_sent, plan.rows_received)
         return rows if plan.unpack is None else rows[plan.unpack]
 
     def rows_to_tokens(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
@@ -189,8 +187,12 @@ class Dispatcher:
         if plan.pack_results is not None:
             rows = rows[plan.pack_results]
         if self.ep.size > 1:
-            rows = exchange(rows, plan.rows_received, plan.rows_sent, self.ep.group)
+            rows = self._exchange(rows, plan.rows_received, plan.rows_sent)
         return rows[plan.unpack_copies]
+
+    def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        assert self.ep.group is not None, "experts on several ranks without a group"
+        return exchange(rows, sent, received, self.ep.group)
 
     def bytes_sent(self, plan: DispatchPlan, hidden: int, dtype: torch.dtype) -> int:
         """Bytes that one forward dispatch sends to other ranks."""

@@ -1,7 +1,7 @@
-"""How a row of activations or gradients looks as bytes: the formats of expert dispatch (DeepSeek-V3 report, section 3.3.2).
+"""How a row of activations or gradients looks as bytes in expert dispatch (DeepSeek-V3 report, section 3.3.2).
 
-`model` sends the tensor as it is. `bf16` rounds to BF16. `fp8` rounds to E4M3 with a power-of-two scale per 1x128 tile and
-sends a row as its h bytes followed by one exponent byte per tile, so payload and scales are one message: 0.504 of BF16.
+`model` sends the tensor as it is. `bf16` rounds to BF16. `fp8` rounds to E4M3 with a power-of-two scale per 1x128 tile
+and sends a row as its h bytes and one exponent byte per tile, so payload and scales are one message: 0.504 of BF16.
 Whoever does not communicate encodes and decodes all the same, so that every layout rounds the same.
 
 Shape letters: R rows, h hidden size, b bytes of a row.
@@ -44,4 +44,4 @@ def decode(rows: Tensor, wire: str, hidden: int, dtype: torch.dtype) -> Tensor:
     data, exponents = rows.split((hidden, rows.shape[-1] - hidden), dim=-1)
     scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     data = data.contiguous().view(torch.float8_e4m3fn)
-    return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize().to(dtype)
+    return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize(dtype)

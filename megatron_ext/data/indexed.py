@@ -76,7 +76,9 @@ class IndexedDataset(TokenStream):
             raise DataError(self.idx_path, f"has dtype code {code}", f"codes are {min(DTYPES)}..{max(DTYPES)}")
         dtype = np.dtype(DTYPES[code])
         if dtype.kind == "f":
-            raise DataError(self.idx_path, f"has dtype code {code} ({dtype.name})", "token ids are integers")
+            # DeepSpeed's copy of this format gave codes 6, 7, 8 to uint16, uint32, uint64; nothing in a file tells.
+            rule = "token ids are integers (if DeepSpeed's indexed_dataset wrote it, write it anew as int32)"
+            raise DataError(self.idx_path, f"has dtype code {code} ({dtype.name})", rule)
         whole = HEADER.size + 12 * sequences + 8 * bounds
         if idx_size not in (whole, whole + sequences):
             found = f"has {idx_size} bytes" + (" (cut off?)" if idx_size < whole else "")

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_ext.comm.point_to_point import Messenger
@@ -30,6 +31,7 @@ from megatron_ext.config import MegatronExtConfig, parse_section
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import gradients
 from megatron_ext.engine.checkpoint import CheckpointMixin
+from megatron_ext.engine.zero import PipelineZeroOptimizer
 from megatron_ext.fp8 import Precision, WeightCache
 from megatron_ext.layers.balancing import max_violation, update_biases
 from megatron_ext.layers.router import Router
@@ -70,10 +72,9 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
         """What DeepSpeed's constructor needs of us through the methods overridden below."""
         self.__dict__["section"] = parse_section(config._param_dict)
         self.__dict__["process_groups"] = model.groups
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             # DeepSpeed leaves parameters without this mark out of the norm on all pairs but the first.
             p.model_parallel = not getattr(p, "ds_pipe_replicated", False)
-            p.canonical_name = name
 
     def _finish(self, hooked: set[int]) -> None:
         """What needs DeepSpeed's constructor to be done."""
@@ -90,6 +91,10 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
         for layer in model.children_with("set_precision"):
             layer.set_precision(precision)
         self._synchronize_tied()
+        if isinstance(self.optimizer, PipelineZeroOptimizer):
+            counts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(counts, len(self.optimizer.bit16_groups), group=groups.control)
+            self.optimizer.most_groups = max(counts)
         self.executor = Executor(
             model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
@@ -138,6 +143,12 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
 
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and self.zero_optimization() else wrapper
+
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        made = super()._configure_zero_optimizer(optimizer)
+        if type(made) is DeepSpeedZeroOptimizer:
+            made.__class__ = PipelineZeroOptimizer
+        return made
 
     def clip_fp32_gradients(self) -> None:
         """Nothing: without ZeRO, gradients are clipped before they are handed over (gradients.py)."""

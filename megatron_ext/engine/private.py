@@ -21,6 +21,7 @@ SUPPORTED = "0.19"
 ENGINE_METHODS = {
     "_configure_distributed_model": "overridden: tells DeepSpeed that the module has experts",
     "_configure_basic_optimizer": "overridden: AdamW with BF16 moments",
+    "_configure_zero_optimizer": "overridden: stages with different numbers of parameter groups (zero.py)",
     "_do_optimizer_sanity_check": "overridden: BF16_Optimizer is never chosen",
     "_take_model_step": "the optimizer step of a batch",
     "_common_checkpoint_state": "contents of mp_rank_*_model_states.pt",
@@ -42,6 +43,10 @@ ENGINE_SOURCES = {
 }
 ZERO_SOURCES = {
     "use_grad_accum_attribute": "whether gradients are taken from param.grad_accum (FP32) or param.grad",
+    "scaled_global_norm": "overridden in zero.py",
+    "complete_grad_norm_calculation_for_cpu_offload": "one group's norm with offload",
+    "get_grad_norm_direct": "one group's norm without offload",
+    "bit16_groups": "the parameter groups",
     "update_lp_params": "copies the FP32 master weights to the model after a load",
     "single_partition_of_fp32_groups": "this rank's shard of the master weights",
 }

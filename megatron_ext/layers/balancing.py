@@ -1,9 +1,9 @@
 """Balancing without an auxiliary loss (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2).
 
 Routers count the tokens of every expert through a step: all micro-batches, both directions. Once per optimizer step the
-counts are summed over all replicas, as integers, and every bias moves by one fixed step towards its expert's fair share:
-b += speed * sign(mean - count). Whoever runs the step calls `update_biases` after the optimizer, and with `speed=0` when the
-optimizer skipped the step, so that its counts do not leak into the next one.
+counts are summed over all replicas, as integers, and every bias moves by one fixed step towards its expert's fair
+share: b += speed * sign(mean - count). Whoever runs the step calls `update_biases` after the optimizer, and with
+`speed=0` when the optimizer skipped the step, so that its counts do not leak into the next one.
 
 Shape letters: E experts of a layer.
 """
@@ -26,8 +26,8 @@ def update_biases(routers: Sequence[Router], speed: float, group: ProcessGroup |
     """Ends a step for the balancer: sums the counts, moves the biases, starts counting anew.
 
     Args:
-        routers: of this rank's layers, whatever their numbers of experts; every rank of `group` must hold the same layers
-            in the same order. May be empty (then there is no communication). Those without a bias are only counted.
+        routers: of this rank's layers, whatever their numbers of experts; every rank of `group` must hold the same
+            layers in the same order. May be empty (then there is no communication). Without a bias: only counted.
         speed: u, how far a bias moves; 0 freezes it.
         group: replicas to sum the counts over, in one all-reduce; None if there are none.
         zero_mean: also keep the sum of the biases, by taking the mean off each update (torchtitan's variant).

@@ -39,6 +39,10 @@ class Experts(nn.Module):
         down_proj: [L, h, I].
     """
 
+    gate_proj: nn.Parameter | None
+    up_proj: nn.Parameter | None
+    down_proj: nn.Parameter | None
+
     def __init__(self, config: LayerConfig, canonical_name: str):
         super().__init__()
         self.num_experts: int = config.n_routed_experts
@@ -59,17 +63,19 @@ class Experts(nn.Module):
         """
         if self.gate_proj is not None:
             raise RuntimeError(f"{self.canonical_name}: set_expert_parallel a second time would discard the parameters")
-        hidden, inner = self.hidden_size, self.intermediate_size
-        for name, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
-            setattr(self, name, self._allocate(name, shape, ep))
+        wide, tall = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
+        self.gate_proj = self._allocate("gate_proj", wide, ep)
+        self.up_proj = self._allocate("up_proj", wide, ep)
+        self.down_proj = self._allocate("down_proj", tall, ep)
 
-    def _allocate(self, name: str, shape: tuple[int, int], ep: ExpertParallel) -> nn.Parameter:
+    def _allocate(self, matrix: str, shape: tuple[int, int], ep: ExpertParallel) -> nn.Parameter:
         first, last = ep.expert_range(self.num_experts)
+        name = f"{self.canonical_name}.{matrix}"
         parameter = nn.Parameter(torch.empty(last - first, *shape))
         if not parameter.is_meta:
             with torch.no_grad():
                 for expert in range(first, last):
-                    drawn = draw_normal(shape, self.initializer_range, self._seed, f"{self.canonical_name}.{name}", expert)
+                    drawn = draw_normal(shape, self.initializer_range, self._seed, name, expert)
                     parameter[expert - first].copy_(drawn)
         parameter.expert_range = (first, last)
         parameter.num_experts = self.num_experts
@@ -92,7 +98,7 @@ class Experts(nn.Module):
         Returns:
             [R, h] in the dtype of x.
         """
-        if self.gate_proj is None:
+        if self.gate_proj is None or self.up_proj is None or self.down_proj is None:
             raise RuntimeError(f"{self.canonical_name} has no parameters yet: call set_expert_parallel after building")
         gate = fp8.grouped_linear(x, group_sizes, self.gate_proj, precision=self.precision)
         up = fp8.grouped_linear(x, group_sizes, self.up_proj, precision=self.precision)

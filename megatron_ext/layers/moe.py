@@ -3,7 +3,7 @@
     route -> dispatch -> experts -> combine
           \\-> shared experts  ------> +
 
-Shape letters: B batch, T tokens of a sequence, N = B*T, k experts of a token, h hidden size, R rows of this rank's experts.
+Shape letters: B batch, T tokens of a sequence, h hidden size.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MoE(nn.Module):
                                   combine_dtype=precision.combine_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Args: x [B, T, h]. Returns: [B, T, h] in the dtype of x. All ranks of the expert group must call it together."""
+        """[B, T, h] -> [B, T, h], in the dtype of x. All ranks of the expert group must call it together."""
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
         plan = self.dispatcher.plan(routing.experts, tokens)

@@ -1,8 +1,9 @@
 """Which experts a token visits and with what weight (DeepSeek-V3 report, section 2.1.2; V2 report, section 2.1.3).
 
-Everything here is FP32 whatever the model's dtype. V3: sigmoid scores; a correction bias, moved by the balancer and never
-trained, is added for the choice only; the groups of experts with the best sum of two stay; weights are the unbiased scores
-of the chosen, normalised and scaled. V2: softmax scores, all experts or the groups with the best single expert.
+Everything here is FP32 whatever the model's dtype. V3: sigmoid scores; a correction bias, moved by the balancer and
+never trained, is added for the choice only; the groups of experts with the best sum of two stay; weights are the
+unbiased scores of the chosen, normalised and scaled. V2: softmax scores, all experts or the groups with the best single
+expert.
 
 Shape letters: N tokens, E experts, k experts of a token, G groups, h hidden size.
 """
@@ -39,8 +40,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest, best first; among equal scores the lower index wins.
 
     `torch.topk` leaves ties to the implementation, which differs with device and shape: recompute, another layout or
-    another backend could then send a token elsewhere. Scores and indices are packed into integers that order the same and
-    never tie; 2.5 times faster than a stable sort (4096 x 256 on a CPU).
+    another backend could then send a token elsewhere. Scores and indices are packed into integers that order the same
+    and never tie; 2.5 times faster than a stable sort (4096 x 256 on a CPU).
 
     Args:
         scores: [N, E] FP32, E < 65536; -inf never wins over a finite score.
@@ -59,7 +60,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: parameter [E, h].
-        e_score_correction_bias: FP32 buffer [E] under `noaux_tc`, else None. Stays FP32, bit for bit, under dtype casts:
+        e_score_correction_bias: FP32 buffer [E] under `noaux_tc`, else None. FP32, bit for bit, under any dtype cast:
             at the biases of the published models (2 to 5) one BF16 spacing is 30 updates of 0.001.
         tokens_per_expert: int64 buffer [E], not saved: tokens routed here since the balancer last looked.
         count_tokens: False keeps a forward out of the count; the executor clears it for recomputation.
@@ -67,6 +68,9 @@ class Router(nn.Module):
     Raises:
         ConfigError: for an unknown method, or groups that cannot hold k experts.
     """
+
+    e_score_correction_bias: Tensor | None
+    tokens_per_expert: Tensor
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -121,7 +125,7 @@ class Router(nn.Module):
 
     def _choose(self, scores: Tensor) -> Tensor:
         """[N, E] scores -> [N, k] experts."""
-        bias: Tensor | None = self.e_score_correction_bias
+        bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias
         if self.groups_per_token < self.groups:
             by_group = choice.unflatten(-1, (self.groups, -1))
@@ -145,8 +149,9 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves everything, but lets no cast (`.bfloat16()`, `.half()`, `.to(dtype)`) touch the bias."""
-        bias: Tensor | None = self.e_score_correction_bias
+        bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
         return self

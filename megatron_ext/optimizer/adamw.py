@@ -1,6 +1,6 @@
 """AdamW with FP32 master weights and BF16 moments (DeepSeek-V3 report, section 3.3.2), on whatever device they lie.
 
-It is a plain `torch.optim.Optimizer`, so DeepSpeed's ZeRO-1/2 shards it and offloads it as any other: what it then steps
+It is a plain `torch.optim.Optimizer`, so DeepSpeed's ZeRO-1/2 shards and offloads it as any other: what it then steps
 is the FP32 partition of the rank, and with moments in BF16 master weights and moments take 4 + 4 bytes a parameter
 instead of 4 + 8. DeepSpeed's own BF16 states need BF16 master weights, which lose small updates.
 

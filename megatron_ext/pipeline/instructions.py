@@ -20,10 +20,10 @@ from megatron_ext.config.errors import UserError
 ComputeKind = Literal["F", "I", "W", "B"]
 TransferKind = Literal["SF", "RF", "SB", "RB"]
 
-# A receive is posted this many computations before the one that waits for it: its message then travels behind at least one
-# whole computation, no rank holds more than a few buffers, and DualPipe and the bidirectional orders stay free of deadlock
-# even where a send blocks its rank until the receive is posted (with 0 or 1 some of them do not).
-POST_AHEAD = 2
+# A receive is posted this many computations before the one that waits for it: its message then travels behind whole
+# computations and no rank holds more than a few buffers. DualPipe needs 1 and the bidirectional orders need up to 4 to stay
+# free of deadlock even where a send blocks its rank until the receive is posted.
+POST_AHEAD = 4
 
 
 class ScheduleError(UserError):

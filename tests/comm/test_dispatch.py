@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.comm.dispatch import Dispatcher, inverse_permutation
+from megatron_ext.comm.wire import decode, encode
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 
 E, K, H = 6, 2, 256
@@ -20,7 +21,6 @@ def choice(tokens: int) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, wire: str) -> torch.Tensor:
-    from megatron_ext.comm.wire import decode, encode
     return decode(encode(x, wire), wire, x.shape[-1], x.dtype)
 
 
@@ -46,7 +46,8 @@ def test_combine_is_the_weighted_sum_of_the_copies(tokens):
     way = dispatcher()
     plan = way.plan(experts, x)
     scale = torch.arange(1.0, E + 1)
-    y = way.combine(way.dispatch(x, plan) * scale.repeat_interleave(torch.tensor(plan.group_sizes))[:, None], weights, plan)
+    scale_of_rows = scale.repeat_interleave(torch.tensor(plan.group_sizes))[:, None]
+    y = way.combine(way.dispatch(x, plan) * scale_of_rows, weights, plan)
     torch.testing.assert_close(y, x * (weights * scale[experts]).sum(-1, keepdim=True))
 
 
@@ -81,15 +82,12 @@ def test_each_way_rounds_as_the_wire_would(dispatch, combine):
     assert y.grad.equal(rounded(dcopies, dispatch)[plan.pack])
 
 
-def test_combine_accumulates_in_fp32():
-    """Of eight copies in BF16, seven are too small to move the first alone."""
-    way = Dispatcher(8, ExpertParallel.single())
-    experts = torch.arange(8)[None]
-    y = torch.full((8, 1), 2.0**-8)
-    y[0] = 1
-    y = y.bfloat16()
-    plan = way.plan(experts, y[:1])
-    assert way.combine(y, torch.ones(1, 8), plan).item() == 1 + 2.0**-5
+def test_combine_weighs_and_sums_bf16_in_fp32():
+    """The weights differ by less than BF16 can tell."""
+    way = Dispatcher(2, ExpertParallel.single())
+    y = torch.tensor([[1.0], [-1.0]]).bfloat16()
+    plan = way.plan(torch.tensor([[0, 1]]), y[:1])
+    assert way.combine(y, torch.tensor([[1 + 2.0**-12, 1.0]]), plan).item() == 2.0**-12
 
 
 def test_inverse_permutation():

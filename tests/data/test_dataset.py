@@ -134,6 +134,7 @@ WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=7)
 
 
 @given(WEIGHTS)
+@settings(max_examples=40)
 def test_blend_keeps_its_proportions_from_the_first_sample_on(weights: list[float]) -> None:
     n, shares = len(weights), np.array(weights) / sum(weights)
     blend = BlendedDataset([Numbered(str(d), 3) for d in range(n)], weights, size=200)

@@ -79,7 +79,7 @@ def test_every_epoch_is_a_new_order_of_all_samples(length: int, seed: int) -> No
 @given(
     st.sampled_from(LAYOUTS_OF_12), st.sampled_from(LAYOUTS_OF_12), st.integers(0, 6), st.integers(1, 30), st.booleans()
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_resume_in_another_layout(
     before: tuple[int, int, int], after: tuple[int, int, int], at: int, length: int, shuffle: bool
 ) -> None:

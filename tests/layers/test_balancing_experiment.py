@@ -1,7 +1,7 @@
 """The bias balances a model that learns, and without it some experts take most of the tokens (arXiv 2408.15664).
 
-Two blocks on the source of the standard library: d = 128, 16 experts of which 2 are chosen, 120 steps of 8 x 128 bytes. A bias
-speed of 0.01, for the paper's 0.001 would need ten times as many steps.
+Two blocks on the source of the standard library: d = 128, 16 experts of which 2 are chosen, 120 steps of 8 x 128 bytes.
+A bias speed of 0.01, for the paper's 0.001 would need ten times as many steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_ext.parallel.expert_parallel import ExpertParallel
 
 STEPS, BATCH, LENGTH, HIDDEN, HEADS, EXPERTS = 120, 8, 128, 128, 4, 16
 SETTINGS = SimpleNamespace(
-    n_routed_experts=EXPERTS, num_experts_per_tok=2, n_group=1, topk_group=1, topk_method="noaux_tc", scoring_func="sigmoid",
-    norm_topk_prob=True, routed_scaling_factor=1.0, hidden_size=HIDDEN, moe_intermediate_size=128, n_shared_experts=1,
-    initializer_range=0.06)
+    n_routed_experts=EXPERTS, num_experts_per_tok=2, n_group=1, topk_group=1, topk_method="noaux_tc",
+    scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=1.0, hidden_size=HIDDEN,
+    moe_intermediate_size=128, n_shared_experts=1, initializer_range=0.06)
 
 
 class Block(nn.Module):

@@ -15,10 +15,10 @@ from megatron_ext.fp8 import Precision
 from megatron_ext.layers.moe import MoE
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 
-COMMON = dict(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, hidden_size=32, moe_intermediate_size=24,
-              intermediate_size=64, n_shared_experts=2, initializer_range=0.2)
-V3 = COMMON | dict(topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5)
-V2 = COMMON | dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=4.0)
+V3 = dict(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, hidden_size=32, moe_intermediate_size=24,
+          intermediate_size=64, n_shared_experts=2, initializer_range=0.2, topk_method="noaux_tc",
+          scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5)
+V2 = V3 | dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False)
 
 
 def moe(base: dict = V3, **changes) -> MoE:
@@ -31,8 +31,12 @@ def moe(base: dict = V3, **changes) -> MoE:
 
 
 def hugging_face(ours: MoE, base: dict) -> torch.nn.Module:
-    theirs = (DeepseekV3MoE(DeepseekV3Config(**{k: v for k, v in base.items() if k not in ("scoring_func", "topk_method")}))
-              if base is V3 else DeepseekV2Moe(DeepseekV2Config(**{k: v for k, v in base.items() if k != "scoring_func"})))
+    settings = {key: value for key, value in base.items() if key != "scoring_func"}
+    if base is V3:
+        del settings["topk_method"]
+        theirs = DeepseekV3MoE(DeepseekV3Config(**settings))
+    else:
+        theirs = DeepseekV2Moe(DeepseekV2Config(**settings))
     theirs.load_state_dict({
         "experts.gate_up_proj": torch.cat((ours.experts.gate_proj, ours.experts.up_proj), dim=1),
         "experts.down_proj": ours.experts.down_proj,
@@ -55,7 +59,8 @@ def test_equals_hugging_face(base):
     torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.gate.weight.grad, theirs.gate.weight.grad, rtol=0, atol=1e-4)
     gate, up = theirs.experts.gate_up_proj.grad.chunk(2, dim=1)
-    for a, b in ((ours.experts.gate_proj, gate), (ours.experts.up_proj, up), (ours.experts.down_proj, theirs.experts.down_proj.grad),
+    for a, b in ((ours.experts.gate_proj, gate), (ours.experts.up_proj, up),
+                 (ours.experts.down_proj, theirs.experts.down_proj.grad),
                  (ours.shared_experts.up_proj.weight, theirs.shared_experts.up_proj.weight.grad)):
         torch.testing.assert_close(a.grad, b, rtol=0, atol=1e-4)
 

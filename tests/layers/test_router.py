@@ -14,9 +14,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.layers.router import Router, top_k
 
-V3 = dict(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, topk_method="noaux_tc", scoring_func="sigmoid",
-          norm_topk_prob=True, routed_scaling_factor=2.5, hidden_size=32, initializer_range=0.5)
-V2 = V3 | dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=16.0)
+V3 = dict(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, topk_method="noaux_tc", hidden_size=32,
+          scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5, initializer_range=0.5)
+V2 = V3 | dict(topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False)
 
 
 def router(base: dict = V3, **changes) -> Router:
@@ -185,8 +185,13 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize("changes, key", [
-    (dict(n_group=3), "n_group"), (dict(topk_group=5), "topk_group"), (dict(topk_group=1, num_experts_per_tok=5), "num_experts_per_tok"),
-    (dict(num_experts_per_tok=0), "num_experts_per_tok"), (dict(topk_method="noaux"), "topk_method"), (dict(scoring_func="relu"), "scoring_func")])
+    (dict(n_group=3), "n_group"),
+    (dict(topk_group=5), "topk_group"),
+    (dict(topk_group=1, num_experts_per_tok=5), "num_experts_per_tok"),
+    (dict(num_experts_per_tok=0), "num_experts_per_tok"),
+    (dict(topk_method="noaux"), "topk_method"),
+    (dict(scoring_func="relu"), "scoring_func"),
+])
 def test_settings_that_cannot_work_are_named(changes, key):
     with pytest.raises(ConfigError) as error:
         router(V3, **changes)
