@@ -32,8 +32,9 @@ else
   PY := $(PYTHON)
   ENVIRONMENT :=
 endif
-# The launcher starts ranks with the Python it runs on, and DeepSpeed's builds look for `ninja` beside it.
-WITH_PATH = PATH="$$(dirname "$$(command -v "$(PY)")"):$$PATH"
+# The launcher starts ranks with the Python it runs on, and DeepSpeed's builds look for `ninja` beside it. PYTHONPATH is for
+# an environment of somebody else's, where this package is not installed.
+RUN = PATH="$$(dirname "$$(command -v "$(PY)")"):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PY)"
 PIP = "$(PY)" -m pip --disable-pip-version-check -q install --no-compile
 LIBRARY := kernels/cpu/libmegatron_ext_cpu.so
 
@@ -41,17 +42,17 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 train: kernels
-	$(WITH_PATH) "$(PY)" -m deepspeed.launcher.runner --num_gpus $(RANKS) \
+	@$(RUN) -m deepspeed.launcher.runner --num_gpus $(RANKS) \
 	    examples/pretrain_deepseek_v3.py --deepspeed_config examples/pretrain_deepseek_v3.json $(ARGS)
 
 test: lint kernels
-	@$(WITH_PATH) "$(PY)" -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 test-all: lint kernels
-	@$(WITH_PATH) "$(PY)" -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(RUN) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: kernels
-	@$(WITH_PATH) "$(PY)" -m pytest -m gpu $(PYTEST_ARGS)
+	@$(RUN) -m pytest -m gpu $(PYTEST_ARGS)
 
 # An environment of somebody else's may lack the linters; ours has them.
 lint: $(ENVIRONMENT)
@@ -61,7 +62,7 @@ lint: $(ENVIRONMENT)
 bench: kernels
 	@mkdir -p runs/benchmarks
 	@for script in benchmarks/*.py; do \
-	    echo "$$script"; $(WITH_PATH) "$(PY)" "$$script" --json "runs/benchmarks/$$(basename "$$script" .py).json"; done
+	    echo "$$script"; $(RUN) "$$script" --json "runs/benchmarks/$$(basename "$$script" .py).json"; done
 
 kernels: $(LIBRARY)
 

@@ -16,10 +16,23 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.config.errors import ConfigError
 from megatron_ext.kernels.cpu import library
 
 AUTO = "auto"
+
+
+class BackendError(ValueError):
+    """A backend that was named and cannot serve; the rows above turn it into their error for users.
+
+    Attributes:
+        backend: the name given.
+        rule: what is wrong with it.
+        available: the names that would work instead.
+    """
+
+    def __init__(self, backend: str, rule: str, available: tuple[str, ...]):
+        self.backend, self.rule, self.available = backend, rule, available
+        super().__init__(f"backend {backend!r}: {rule}; available here: {', '.join(available)}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Registry:
                 automatically (a library of matrix products does not quantise).
 
         Raises:
-            ConfigError: the backend is unknown, or cannot run this operator on these arguments.
+            BackendError: the backend is unknown, or cannot run this operator on these arguments.
         """
         choices = self._table[operator]
         if backend != AUTO:
@@ -95,9 +108,8 @@ class Registry:
         """Runs the operator; see `select` for how the backend is chosen."""
         return self.select(operator, *args, backend=backend).function(*args, **kwargs)
 
-    def _refusal(self, operator: str, args: tuple[Any, ...], backend: str, rule: str) -> ConfigError:
-        names = ", ".join((AUTO, *self.available(operator, *args)))
-        return ConfigError("kernels.backend", backend, rule, f"available here: {names}")
+    def _refusal(self, operator: str, args: tuple[Any, ...], backend: str, rule: str) -> BackendError:
+        return BackendError(backend, rule, (AUTO, *self.available(operator, *args)))
 
 
 def _describe(args: tuple[Any, ...]) -> str:

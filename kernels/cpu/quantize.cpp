@@ -212,6 +212,7 @@ const float* load_tile(const void* x, int bf16, int64_t offset, int64_t count, f
   return buffer;
 }
 
+// `count` <= 128 numbers of a tile; what is in `buffer` after them means nothing.
 const float* decode_tile(const Loops& loops, const uint8_t* y, float scale, int64_t count, float* buffer) {
   uint8_t bytes[kTile] = {};
   if (count != kTile) {
@@ -219,7 +220,6 @@ const float* decode_tile(const Loops& loops, const uint8_t* y, float scale, int6
     y = bytes;
   }
   loops.decode(y, scale, buffer);
-  std::fill(buffer + count, buffer + kTile, 0.f);  // 0 * NaN would not be the zero that padding must be
   return buffer;
 }
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import megatron_ext
 from megatron_ext.kernels.cpu import library
@@ -24,11 +23,10 @@ from megatron_ext.parallel import extensions
 
 
 def report() -> None:
-    """Prints the table of `findings`."""
-    table = Table(show_header=False, box=None, pad_edge=False)
+    """Prints `findings`, a line each and never cut, so that they can be pasted."""
+    console = Console(soft_wrap=True, highlight=False)
     for name, finding in findings():
-        table.add_row(f"[bold]{name}[/bold]", escape(finding))
-    Console(soft_wrap=True).print(table)
+        console.print(f"[bold]{name:<16}[/bold] {escape(finding)}")
 
 
 def findings() -> Iterator[tuple[str, str]]:

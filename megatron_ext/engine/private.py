@@ -21,6 +21,7 @@ SUPPORTED = "0.19"
 ENGINE_METHODS = {
     "_configure_distributed_model": "overridden: tells DeepSpeed that the module has experts",
     "_configure_basic_optimizer": "overridden: AdamW with BF16 moments",
+    "_configure_fp16_optimizer": "overridden: BF16 without ZeRO starts from unchanged master weights",
     "_configure_zero_optimizer": "overridden: stages with different numbers of parameter groups (zero.py)",
     "_do_optimizer_sanity_check": "overridden: BF16_Optimizer is never chosen",
     "_take_model_step": "the optimizer step of a batch",

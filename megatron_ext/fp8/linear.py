@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.fp8.operators import call
 from megatron_ext.fp8.precision import Precision
 from megatron_ext.fp8.tensor import TILE, WEIGHT_BLOCK
 from megatron_ext.fp8.weight_grad import deliver
-from megatron_ext.kernels.registry import OPERATORS
 
 
 def _weight_operands(weight: Tensor, precision: Precision) -> Any:
@@ -32,8 +32,8 @@ def _weight_operands(weight: Tensor, precision: Precision) -> Any:
     backend = precision.backend
 
     def build() -> Any:
-        data, scale = OPERATORS.call("quantize", weight.detach(), WEIGHT_BLOCK, backend=backend)
-        return OPERATORS.call("weight_operands", data, scale, backend=backend)
+        data, scale = call("quantize", weight.detach(), WEIGHT_BLOCK, backend=backend)
+        return call("weight_operands", data, scale, backend=backend)
 
     return build() if precision.weights is None else precision.weights.get(weight, backend, build)
 
@@ -46,12 +46,12 @@ class QuantizedLinear(torch.autograd.Function):
         ctx: Any, x_TK: Tensor, weight: Tensor, bias: Tensor | None, groups: list[int] | None, precision: Precision
     ) -> Tensor:
         backend = precision.backend
-        x8 = OPERATORS.call("quantize", x_TK, TILE, True, backend=backend)
+        x8 = call("quantize", x_TK, TILE, True, backend=backend)
         forward_weight, _ = _weight_operands(weight, precision)
         if groups is None:
-            y = OPERATORS.call("gemm_nt", *x8, *forward_weight, backend=backend)
+            y = call("gemm_nt", *x8, *forward_weight, backend=backend)
         else:
-            y = OPERATORS.call("grouped_gemm_nt", *x8, *forward_weight, groups, backend=backend)
+            y = call("grouped_gemm_nt", *x8, *forward_weight, groups, backend=backend)
         ctx.save_for_backward(weight, *(x8 if ctx.needs_input_grad[1] else ()))
         ctx.weight, ctx.bias = weight, bias  # the objects that carry the sinks
         ctx.groups, ctx.precision, ctx.dtype = groups, precision, x_TK.dtype
@@ -65,22 +65,22 @@ class QuantizedLinear(torch.autograd.Function):
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             _, backward_weight = _weight_operands(ctx.weight, ctx.precision)
-            dy8 = OPERATORS.call("quantize", dy_TN, TILE, backend=backend)
+            dy8 = call("quantize", dy_TN, TILE, backend=backend)
             if groups is None:
-                dx = OPERATORS.call("gemm_nt", *dy8, *backward_weight, backend=backend)
+                dx = call("gemm_nt", *dy8, *backward_weight, backend=backend)
             else:
-                dx = OPERATORS.call("grouped_gemm_nt", *dy8, *backward_weight, groups, backend=backend)
+                dx = call("grouped_gemm_nt", *dy8, *backward_weight, groups, backend=backend)
             dx = dx.to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             # Quantised now, not in the closure: while the gradient waits it holds one byte a number of x and dy.
-            dy8 = OPERATORS.call("quantize_transposed", dy_TN, False, "e4m3", groups, backend=backend)
+            dy8 = call("quantize_transposed", dy_TN, False, "e4m3", groups, backend=backend)
 
             def accumulate(main_grad: Tensor) -> None:
-                x8_KT = OPERATORS.call("requantize_transposed", *x8, groups, backend=backend)
+                x8_KT = call("requantize_transposed", *x8, groups, backend=backend)
                 if groups is None:
-                    OPERATORS.call("gemm_nt", *dy8, *x8_KT, main_grad, backend=backend)
+                    call("gemm_nt", *dy8, *x8_KT, main_grad, backend=backend)
                 else:
-                    OPERATORS.call("grouped_wgrad", *dy8, *x8_KT, groups, main_grad, backend=backend)
+                    call("grouped_wgrad", *dy8, *x8_KT, groups, main_grad, backend=backend)
 
             dweight = deliver(ctx.weight, accumulate)
         if ctx.needs_input_grad[2]:

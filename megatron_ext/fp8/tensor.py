@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.fp8.operators import call
 from megatron_ext.kernels.layout import BLOCK, FORMATS
-from megatron_ext.kernels.registry import AUTO, OPERATORS
+from megatron_ext.kernels.registry import AUTO
 
 TILE = (1, BLOCK)
 WEIGHT_BLOCK = (BLOCK, BLOCK)
@@ -40,7 +41,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> Tensor:
         """data * scale, [..., N, K], computed in FP32 and rounded to `dtype`."""
-        return OPERATORS.call("dequantize", self.data, self.scale, backend=backend).to(dtype)
+        return call("dequantize", self.data, self.scale, backend=backend).to(dtype)
 
 
 @torch.no_grad()
@@ -67,11 +68,12 @@ def quantize(
     Raises:
         ConfigError: an argument that is none of these, or a backend that cannot run here.
     """
-    if tuple(block) not in (TILE, WEIGHT_BLOCK):
+    block = (block[0], block[-1])  # JSON has lists
+    if block not in (TILE, WEIGHT_BLOCK):
         raise ConfigError("block", block, "must be (1, 128) or (128, 128)")
     if format not in FORMATS:
         raise ConfigError("format", format, f"must be one of {', '.join(FORMATS)}")
     if x.dim() < 2 or not x.is_floating_point() or x.element_size() == 1:
         raise ConfigError("x", f"{x.dtype} {list(x.shape)}", "must be floating point of at least 16 bits, [..., N, K]")
-    data, scale = OPERATORS.call("quantize", x, tuple(block), power_of_two, format, backend=backend)
-    return QuantizedTensor(data, scale, tuple(block))
+    data, scale = call("quantize", x, block, power_of_two, format, backend=backend)
+    return QuantizedTensor(data, scale, block)

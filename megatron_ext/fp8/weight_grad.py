@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def deliver(parameter: Tensor, accumulate: Callable[[Tensor], None]) -> Tensor | None:
+def deliver(parameter: Tensor, accumulate: Callable[[Tensor], object]) -> Tensor | None:
     """Hands a weight gradient over.
 
     Args:

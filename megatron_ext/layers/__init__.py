@@ -5,7 +5,7 @@ from megatron_ext.layers.balancing import update_biases
 from megatron_ext.layers.block import TransformerBlock
 from megatron_ext.layers.embedding import Embedding
 from megatron_ext.layers.head import FinalNorm, Head, tied_logits
-from megatron_ext.layers.linear import Linear, PrecisionLinear, linear
+from megatron_ext.layers.linear import Linear, PrecisionLinear
 from megatron_ext.layers.mlp import MLP
 from megatron_ext.layers.moe import MoE
 from megatron_ext.layers.norm import RMSNorm
@@ -14,5 +14,5 @@ from megatron_ext.layers.router import Router
 
 __all__ = [
     "Embedding", "FinalNorm", "Head", "LatentAttention", "Linear", "MLP", "MoE", "PrecisionLinear", "RMSNorm",
-    "RotaryEmbedding", "Router", "TransformerBlock", "YarnScaling", "linear", "tied_logits", "update_biases",
+    "RotaryEmbedding", "Router", "TransformerBlock", "YarnScaling", "tied_logits", "update_biases",
 ]

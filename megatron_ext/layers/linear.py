@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from megatron_ext import fp8
 from megatron_ext.fp8 import Precision
 from megatron_ext.kernels.matmul import accumulate_matmul, matmul
-from megatron_ext.kernels.matmul import compute_dtype as compute_dtype  # re-exported: the rows above import it here
 
 WeightGrad = Callable[[Tensor], None]
 """Accumulates a weight gradient into the FP32 tensor it is given, shaped like the parameter."""

@@ -93,8 +93,9 @@ class DeepSeekV3Config:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", _yarn(self.rope_scaling, self.max_position_embeddings))
+        scaling: Any = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", _yarn(scaling, self.max_position_embeddings))
         _check_types(self)
         if self.rope_scaling is not None:
             _check_yarn(self.rope_scaling)
@@ -189,7 +190,7 @@ def _yarn(given: Mapping[str, Any], max_position_embeddings: int) -> YarnScaling
     if kind != "yarn":
         raise ConfigError("rope_scaling.rope_type", kind, "must be 'default' or 'yarn'")
     # Where the original length is not given Hugging Face takes the present one. DeepSeek's files always give it.
-    settings = {"original_max_position_embeddings": max_position_embeddings}
+    settings: dict[str, Any] = {"original_max_position_embeddings": max_position_embeddings}
     settings |= {name: given[name] for name in given if given[name] is not None and name not in ("rope_type", "type")}
     names = [field.name for field in fields(YarnScaling)]
     if unknown := sorted(set(settings) - set(names)):

@@ -3,12 +3,12 @@
 Both are made from the same list: embedding, blocks, final norm, head. Layer i is built after seeding with s + i, where
 s is the base seed of the pipeline module, or `torch.initial_seed()` here: a model has the same weights in either form.
 
-Letters: B batch, T positions, V vocabulary.
+Letters: B batch, T positions, h hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,27 +61,20 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config: DeepSeekV3Config):
         super().__init__()
         self.config = config
-        layers = [_build(layer, arguments, index) for index, (layer, arguments) in enumerate(
-            _recipes(config)[:-1] if config.tie_word_embeddings else _recipes(config))]
-        self.model = nn.Module()
-        self.model.embed_tokens = layers[0]
-        self.model.layers = nn.ModuleList(layers[1:config.num_hidden_layers + 1])
-        self.model.norm = layers[config.num_hidden_layers + 1]
+        *trunk, head = enumerate(_recipes(config))
+        self.model = _Trunk([_build(index, *recipe) for index, recipe in trunk])
         if not config.tie_word_embeddings:
-            self.lm_head = layers[-1]
+            self.lm_head = _build(head[0], *head[1])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> logits [B, T, V] in the dtype of the weights."""
-        x = self.model.embed_tokens(tokens)
-        for block in self.model.layers:
-            x = block(x)
-        x = self.model.norm(x)
+        x = self.model(tokens)
         return tied_logits(self.model.embed_tokens, x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def set_precision(self, precision: Precision) -> None:
         """FP8 or the model's dtype for all linears of the blocks; embedding, norms, router, head stay as they are."""
         for block in self.model.layers:
-            block.set_precision(precision)
+            block.set_precision(precision)  # type: ignore[operator]
 
     @classmethod
     def load_hf(cls, directory: str | Path, dtype: torch.dtype | None = None) -> DeepSeekV3:
@@ -117,7 +110,24 @@ class DeepSeekV3(nn.Module):
         huggingface.save(self, self.config.to_hf() | {"torch_dtype": dtype}, Path(directory))
 
 
-def _build(layer: Callable[..., nn.Module], arguments: tuple[Any, ...], index: int) -> nn.Module:
+class _Trunk(nn.Module):
+    """All layers but the head, which Hugging Face calls `model`: tokens [B, T] -> normed hidden [B, T, h]."""
+
+    def __init__(self, layers: list[Any]):
+        super().__init__()
+        embed_tokens, *blocks, norm = layers
+        self.embed_tokens: Embedding = embed_tokens
+        self.layers = nn.ModuleList(blocks)
+        self.norm: FinalNorm = norm
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x)
+        return self.norm(x)
+
+
+def _build(index: int, layer: type[nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     """Layer `index` of the model, drawn from its own seed. The CPU's random state is left as it was."""
     generator = torch.default_generator
     state, seed = generator.get_state(), generator.initial_seed()

@@ -84,7 +84,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     model. Stacked experts [E, ...] appear one by one."""
     stacked = {f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Experts)
                for name, _ in module.named_parameters(recurse=False)}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in stacked:
             prefix, matrix = name.rsplit(".", 1)
@@ -181,7 +181,7 @@ def save(model: DeepSeekV3, config: dict[str, Any], directory: Path) -> None:
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    placed = {}
+    placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, directory / file, {"format": "pt"})

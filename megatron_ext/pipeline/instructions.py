@@ -1,12 +1,12 @@
 """The instruction set of pipeline schedules, and the plan that a schedule makes of it.
 
-A schedule decides the order of computations on every rank; the messages between ranks follow from that order and from the
-placement of stages, so they are derived here once, for every schedule. The verifier, the simulator, the picture and the
-executor all read the same `Plan`.
+A schedule decides the order of computations on every rank; the messages between ranks follow from that order and from
+the placement of stages, so they are derived here once, for every schedule. The verifier, the simulator, the picture and
+the executor all read the same `Plan`.
 
-Words: a plan has P ranks and m micro-batches in all. A direction is one way through the model (DualPipe of the DeepSeek-V3
-report, section 3.2.1, has two); `placement[direction][stage]` is the rank that holds a stage. Stages are numbered along
-their direction, the stage that reads the data is 0; micro-batches are numbered per direction.
+Words: a plan has P ranks and m micro-batches in all. A direction is one way through the model (DualPipe of the
+DeepSeek-V3 report, section 3.2.1, has two); `placement[direction][stage]` is the rank that holds a stage. Stages are
+numbered along their direction, the stage that reads the data is 0; micro-batches are numbered per direction.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ComputeKind = Literal["F", "I", "W", "B"]
 TransferKind = Literal["SF", "RF", "SB", "RB"]
 
 # A receive is posted this many computations before the one that waits for it: its message then travels behind whole
-# computations and no rank holds more than a few buffers. DualPipe needs 1 and the bidirectional orders need up to 4 to stay
-# free of deadlock even where a send blocks its rank until the receive is posted.
+# computations and no rank holds more than a few buffers. To be free of deadlock even where a send blocks its rank until the
+# receive is posted, DualPipe needs 1 and some bidirectional orders need 4 (all even P <= 32).
 POST_AHEAD = 4
 
 
@@ -53,7 +53,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A forward and a backward ("B" or "I") of two micro-batches that run as one, so that each hides the other's all-to-all.
+    """A forward and a backward ("B" or "I") that run as one, so that each hides the other's all-to-all.
 
     `direction`, `stage` and `micro_batch` are those of the forward.
     """
@@ -86,8 +86,8 @@ class Pair:
 class Message:
     """What travels between two ranks, named by the computation that makes it.
 
-    Kind "F" is the activation that the forward of `stage` makes for `stage` + 1; kind "B" is the gradient that the backward
-    of `stage` makes for `stage` - 1. The five other fields follow from these four, so a message is its own key.
+    Kind "F" is the activation that the forward of `stage` makes for `stage` + 1; kind "B" is the gradient that the
+    backward of `stage` makes for `stage` - 1. The ranks follow from the other fields, so a message is its own key.
     """
 
     kind: Literal["F", "B"]
@@ -99,7 +99,8 @@ class Message:
 
     def __str__(self) -> str:
         what = "activation" if self.kind == "F" else "gradient"
-        return f"{what} {self.direction}.{self.micro_batch} of stage {self.stage}, rank {self.source} to {self.destination}"
+        ranks = f"rank {self.source} to {self.destination}"
+        return f"{what} {self.direction}.{self.micro_batch} of stage {self.stage}, {ranks}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def gives(placement: list[list[int]], instruction: Compute | Pair) -> list[Messa
 
 
 def _flows(instruction: Compute | Pair) -> list[tuple[Literal["F", "B"], int, int, int]]:
-    """What moves between stages in this computation: ("F" along the direction or "B" against it, direction, stage, mb)."""
+    """What moves between stages: ("F" along the direction or "B" against it, direction, stage, micro-batch)."""
     return [
         ("F" if part.kind == "F" else "B", part.direction, part.stage, part.micro_batch)
         for part in instruction.parts
@@ -235,9 +236,9 @@ def with_transfers(
 ) -> list[list[Instruction]]:
     """Adds the sends and receives that an order of computations implies.
 
-    A send follows the computation that made the message. Between two ranks receives are posted in the order of the sends,
-    so that no tags are needed, each `post_ahead` computations before its use, or earlier where a message sent later is
-    used sooner. Receives come before the sends of the same gap: a rank offers before it asks.
+    A send follows the computation that made the message. Between two ranks receives are posted in the order of the
+    sends, so that no tags are needed, each `post_ahead` computations before its use, or earlier where a message sent
+    later is used sooner. Receives come before the sends of the same gap: a rank offers before it asks.
 
     Raises:
         ScheduleError: a message that is made is never used, or one that is used is never made.

@@ -1,7 +1,7 @@
 """How long a plan takes, where it idles and what it holds: a discrete-event simulation of one step.
 
-Every rank runs its instructions in order. Sends and receives do not occupy it; a message arrives `Times.message` after it is
-both sent and waited for, as gloo and NCCL move large messages only when the receive is posted.
+Every rank runs its instructions in order. Sends and receives do not occupy it; a message arrives `Times.message` after
+it is sent and its receive is posted, for gloo and NCCL move large messages only then.
 """
 
 from __future__ import annotations

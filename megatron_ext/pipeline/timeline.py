@@ -50,7 +50,7 @@ class Timeline:
         return self.end - self.start - sum(span.end - span.start for span in self.ranks[rank])
 
     def activations(self, rank: int) -> list[tuple[float, float]]:
-        """(time, activations held from then on); an activation is held from the start of its F to the end of its W or B."""
+        """(time, activations held from then on); one is held from the start of its F to the end of its W or B."""
         changes = []
         for start, end, instruction in self.ranks[rank]:
             for part in instruction.parts:
@@ -70,7 +70,7 @@ class Timeline:
         return max(held for _, held in self.activations(rank))
 
     def grid(self, unit: float | None = None) -> str:
-        """The timeline as text: a row per rank, a cell of five letters per `unit` of time (default: the shortest span)."""
+        """The timeline as text: a row per rank, five letters per `unit` of time (default: the shortest span)."""
         spans = [span for rank in self.ranks for span in rank]
         unit = unit or min((span.end - span.start for span in spans), default=1.0) or 1.0
         rows = []
@@ -78,12 +78,13 @@ class Timeline:
             row = ""
             for start, end, instruction in line:
                 begin, stop = round(5 * (start - self.start) / unit), round(5 * (end - self.start) / unit)
-                row = row.ljust(begin) + f"{instruction!s:.{max(stop - begin - 1, 1)}}".ljust(stop - begin, "-")[:-1] + "|"
+                box = str(instruction)[: stop - begin - 1].ljust(stop - begin - 1, "-")
+                row = row.ljust(begin) + box + "|"
             rows.append(f"{rank:3d}|{row}")
         return "\n".join(rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers; a span is [start, end, instruction], a computation [kind, direction, stage, micro-batch]."""
+        """Plain lists and numbers: a span is [start, end, [kind, direction, stage, micro-batch]]; see `_encode` for pairs."""
         ranks = [[[s.start, s.end, _encode(s.instruction)] for s in spans] for spans in self.ranks]
         return {"name": self.name, "unit": self.unit, "chunks": self.chunks, "ranks": ranks}
 

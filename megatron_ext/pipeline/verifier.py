@@ -1,8 +1,8 @@
 """Proves that a plan computes every micro-batch once, in an order that cannot hang, within the memory it promises.
 
-Messages are matched without tags: between two ranks the order of the sends must be the order of the receives, which also
-orders every channel (kind, direction) of the pair. Freedom from deadlock is shown under rendezvous, the strictest transport:
-a send blocks its rank until the receiver has posted the receive, at the place where the plan posts it.
+Messages are matched without tags: between two ranks the order of the sends must be the order of the receives, which
+also orders every channel (kind, direction) of the pair. Freedom from deadlock is shown under rendezvous, the strictest
+transport: a send blocks its rank until the receiver has posted the receive, at the place where the plan posts it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def verify(plan: Plan) -> Verified:
         ScheduleError: with the rank, the instruction and the rule it breaks.
     """
     _check_placement(plan)
-    verified = Verified(*zip(*(_check_computations(plan, rank) for rank in range(plan.stages)), strict=True))
+    peaks = [_check_computations(plan, rank) for rank in range(plan.stages)]
+    verified = Verified([held for held, _ in peaks], [waiting for _, waiting in peaks])
     _check_messages(plan)
     _check_progress(plan)
     for rank in range(plan.stages):
@@ -49,9 +50,11 @@ def _check_placement(plan: Plan) -> None:
     ranks = sorted(list(range(plan.stages)) * (len(plan.placement[0]) // plan.stages if plan.placement else 0))
     for direction, place in enumerate(plan.placement):
         if sorted(place) != ranks or not ranks:
-            raise ScheduleError(f"{plan.name}: direction {direction} places its stages on ranks {place}; every rank must hold as many")
+            where = f"direction {direction} places its stages on ranks {place}"
+            raise ScheduleError(f"{plan.name}: {where}; every rank must hold as many")
     if not plan.placement or plan.micro_batches < 1:
-        raise ScheduleError(f"{plan.name}: nothing to run: {plan.micro_batches} micro-batches, {len(plan.placement)} directions")
+        sizes = f"{plan.micro_batches} micro-batches, {len(plan.placement)} directions"
+        raise ScheduleError(f"{plan.name}: nothing to run: {sizes}")
 
 
 _AFTER = {"F": "", "I": "F", "B": "F", "W": "I"}  # what must have run last on the same stage and micro-batch
@@ -99,7 +102,8 @@ def _check_part(plan: Plan, rank: int, index: int, part: Compute) -> None:
     if not 0 <= part.stage < len(place):
         raise _error(plan, rank, index, f"there is no stage {part.stage}")
     if place[part.stage] != rank:
-        raise _error(plan, rank, index, f"stage {part.stage} of direction {part.direction} is on rank {place[part.stage]}")
+        where = f"stage {part.stage} of direction {part.direction}"
+        raise _error(plan, rank, index, f"{where} is on rank {place[part.stage]}")
     count = plan.micro_batches_of(part.direction)
     if not 0 <= part.micro_batch < count:
         raise _error(plan, rank, index, f"direction {part.direction} has the micro-batches 0 to {count - 1}")
@@ -206,7 +210,8 @@ def _circle(plan: Plan, blocked: dict[Message, int], position: list[int]) -> Ite
 
 def _check_promise(plan: Plan, rank: int, what: str, count: float, limit: float | None) -> None:
     if limit is not None and count > limit + 1e-9:
-        raise ScheduleError(f"{plan.name}: rank {rank} holds {count:g} {what}, more than the {limit:g} the plan promises")
+        promise = f"more than the {limit:g} that the plan promises"
+        raise ScheduleError(f"{plan.name}: rank {rank} holds {count:g} {what}, {promise}")
 
 
 def _error(plan: Plan, rank: int, index: int, rule: str) -> ScheduleError:

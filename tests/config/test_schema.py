@@ -122,6 +122,7 @@ def test_what_comes_later_is_refused_as_such(section, key, value):
     ({"pipeline": {"size": 4}}, "megatron_ext.expert_parallel.size"),
     ({"fp8": {"Enabled": True}}, "megatron_ext.fp8.enabled"),
     ({"pipeline": {"chunk": 1}}, "megatron_ext.pipeline.chunks (not available yet)"),
+    ({"pipeline": {"###": 1}}, "megatron_ext.pipeline.schedule"),
 ])
 def test_an_unknown_key_gets_the_nearest_name(section, nearest):
     assert message(section).endswith(f"; the nearest name is {nearest}")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext import fp8
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.kernels.registry import OPERATORS, Implementation, Registry
+from megatron_ext.kernels.registry import OPERATORS, BackendError, Implementation, Registry
 
 X = torch.ones(2, 3)
 
@@ -47,7 +47,7 @@ def test_unknown_backend_is_refused_with_the_names() -> None:
 
 
 def test_unavailable_backend_is_refused_with_the_names() -> None:
-    with pytest.raises(ConfigError, match=r"'cpu'.*cannot run quantize on .*meta; available here: auto, reference$"):
+    with pytest.raises(BackendError, match=r"'cpu'.*cannot run quantize on .*meta; available here: auto, reference$"):
         OPERATORS.select("quantize", torch.ones(2, 3, device="meta"), backend="cpu")
 
 

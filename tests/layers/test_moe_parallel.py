@@ -87,7 +87,8 @@ def test_four_ranks_equal_one(pool4: WorkerPool):
             atol=1e-6 * float(whole["gate"].abs().max()))
 
 
-@pytest.mark.parametrize("fp8, dispatch, combine", [(False, "fp8", "model"), (False, "bf16", "bf16"), (True, "fp8", "bf16")])
+@pytest.mark.parametrize("fp8, dispatch, combine", [
+    (False, "fp8", "model"), (False, "bf16", "bf16"), (True, "fp8", "bf16")])
 def test_rounding_does_not_depend_on_the_layout(pool2: WorkerPool, fp8: bool, dispatch: str, combine: str):
     precision = Precision(fp8=fp8, dispatch_dtype=dispatch, combine_dtype=combine)
     batches = torch.randn(STEPS, 2, 20, 32)
@@ -98,6 +99,5 @@ def test_rounding_does_not_depend_on_the_layout(pool2: WorkerPool, fp8: bool, di
     for name, parts in (("out", [r["out"] for r in results]), ("dx", [r["dx"] for r in results])):
         error = (torch.cat(parts, dim=2) - whole[name]).norm()
         rounding = (exact[name] - whole[name]).norm()
-        print(name, error/rounding)
         assert error < 0.02 * rounding, (name, error, rounding)
     assert all(r["bias"].equal(whole["bias"]) for r in results)

@@ -97,7 +97,7 @@ def test_missing(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [
     "model.layers.1.mlp.experts.4.up_proj.weight", "model.layers.2.input_layernorm.weight",
-    "model.layers.0.self_attn.q_proj.bias"])
+    "model.layers.0.self_attn.q_proj.bias", "model.layers.1.eh_proj.weight"])
 def test_unexpected(folder: Path, name: str) -> None:
     edit(folder, lambda tensors: tensors.update({name: torch.zeros(16)}))
     error = refusal(folder)

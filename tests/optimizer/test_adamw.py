@@ -48,6 +48,13 @@ def test_state_and_its_bytes(name, dtype, param_dtype):
     assert held.per_parameter == (param_dtype.itemsize, 2 * dtype.itemsize)
 
 
+def test_the_bytes_of_a_stock_optimizer_count_no_step():
+    params, _ = make()
+    stock = torch.optim.AdamW(params)
+    train(params, stock, 1)
+    assert optimizer_state_bytes(stock).per_parameter == (4, 8)
+
+
 def test_the_parameters_of_a_ds_config_are_taken_as_they_are():
     ds_params = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True,
                  "adam_w_mode": True, "amsgrad": False}

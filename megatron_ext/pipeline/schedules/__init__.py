@@ -38,7 +38,7 @@ def schedule(
     if name not in NAMES:
         near = difflib.get_close_matches(str(name), NAMES, 1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else None
-        raise ConfigError("pipeline.schedule", name, f"no such schedule; there is {', '.join(map(repr, NAMES))}", hint)
+        raise ConfigError("pipeline.schedule", name, f"no such schedule; known: {', '.join(map(repr, NAMES))}", hint)
     return _bidirectional_plan(stages, micro_batches, times, chunks, memory_limit)
 
 
@@ -53,7 +53,8 @@ def _bidirectional_plan(
         rule = "dualpipe needs an even number of micro-batches, as many in each of its two directions, at least 2"
         raise ConfigError("micro_batches", micro_batches, rule, f"try {_nearest_even(micro_batches)}")
     if chunks != 1:
-        raise ConfigError("pipeline.chunks", chunks, "dualpipe has one stage of each direction on a rank", "set it to 1")
+        rule = "dualpipe has one stage of each direction on a rank"
+        raise ConfigError("pipeline.chunks", chunks, rule, "set it to 1")
     limit = stages + 1 if memory_limit is None else memory_limit
     if micro_batches >= 2 * stages - 2:
         if limit < stages + 1:

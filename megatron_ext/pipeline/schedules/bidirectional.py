@@ -1,11 +1,11 @@
 """Bidirectional orders for few micro-batches: DualPipe's placement where its eight steps do not fit (m < 2P-2).
 
-The order comes from greedy list scheduling: time runs forward, and a rank that becomes free takes the best computation that
-is ready, oldest micro-batch first. A forward and a backward that are ready together make a pair. The gradients of the weights
-wait in a bank and fill the gaps. No rank ever holds more activations than its limit, and every direction keeps its
-micro-batches in order. Of the orders that a few rules give, the shortest is kept; the rules were found by random search over
-P in 4..16. With F = I = W and pairs that gain nothing, orders made for these times reach the lower bound 3 m F + (P/2-1) F
-from m = P on; orders made for any times stay below 1F1B and ZB-H1.
+The order comes from greedy list scheduling: time runs forward, and a rank that becomes free takes the best computation
+that is ready, oldest micro-batch first. A forward and a backward that are ready together make a pair. The gradients of
+the weights wait in a bank and fill the gaps. No rank ever holds more activations than its limit, and every direction
+keeps its micro-batches in order. Of the orders that a few rules give, the shortest is kept; the rules were found by
+random search over P in 4..16. With F = I = W and pairs that gain nothing, orders made for these times reach the lower
+bound 3 m F + (P/2-1) F from m = P on; orders made for any times stay below 1F1B and ZB-H1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def bidirectional(stages: int, micro_batches: int, times: Times | None = None, l
     """The shortest order found for P = `stages` (even) and m = `micro_batches` (even, of both directions together).
 
     Args:
-        times: what to be short at; None: F = I = W, both with pairs that gain nothing and with pairs that take 0.8 of the sum.
+        times: what to be short at; None: F = I = W, where pairs gain nothing and where they take 0.8 of the sum.
         limit: activations a rank may hold, at least 2; by default P+1 as DualPipe.
 
     Returns:
