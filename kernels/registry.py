@@ -83,7 +83,7 @@ class Registry:
         return tuple(i.backend for i in self._table[operator] if i.usable(*args))
 
     def select(self, operator: str, *args: Any, backend: str = AUTO) -> Implementation:
-        """The implementation that `call` would run.
+        """The implementation to run; `select(...).function(...)` is a call.
 
         Args:
             operator: one of `operators`.
@@ -103,10 +103,6 @@ class Registry:
             if implementation.usable(*args):
                 return implementation
         raise self._refusal(operator, args, backend, f"this backend cannot run {operator} on {_describe(args)}")
-
-    def call(self, operator: str, *args: Any, backend: str = AUTO, **kwargs: Any) -> Any:
-        """Runs the operator; see `select` for how the backend is chosen."""
-        return self.select(operator, *args, backend=backend).function(*args, **kwargs)
 
     def _refusal(self, operator: str, args: tuple[Any, ...], backend: str, rule: str) -> BackendError:
         return BackendError(backend, rule, (AUTO, *self.available(operator, *args)))

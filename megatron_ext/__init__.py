@@ -17,14 +17,15 @@ from megatron_ext.parallel.extensions import prepare_extensions
 
 if TYPE_CHECKING:
     from megatron_ext.config import ConfigError, UserError
-    from megatron_ext.engine import PipelineEngine, initialize
+    from megatron_ext.engine import PipelineEngine, init_distributed, initialize
     from megatron_ext.pipeline.module import PipelineModule
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "PipelineEngine", "PipelineModule", "UserError", "initialize"]
+__all__ = ["ConfigError", "PipelineEngine", "PipelineModule", "UserError", "init_distributed",
+           "initialize"]
 
 _HOMES = {"ConfigError": "megatron_ext.config", "UserError": "megatron_ext.config", "PipelineEngine": "megatron_ext.engine",
-          "initialize": "megatron_ext.engine", "PipelineModule": "megatron_ext.pipeline.module"}
+          "init_distributed": "megatron_ext.engine", "initialize": "megatron_ext.engine", "PipelineModule": "megatron_ext.pipeline.module"}
 _PARTS = ("checkpoint", "cli", "comm", "config", "data", "engine", "fp8", "layers", "models", "optimizer", "parallel",
           "pipeline")
 

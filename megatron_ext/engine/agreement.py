@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -25,3 +30,20 @@ def agree(error: Exception | None, group: ProcessGroup) -> None:
     for report in found:
         if report is not None:
             raise UserError(f"rank {report[0]}: {report[1]}")
+
+
+@contextmanager
+def user_errors_on_one_line() -> Iterator[None]:
+    """For scripts: a `UserError` ends the process with exit code 1 and one line instead of a traceback per rank.
+
+    Errors that all ranks agreed on are printed by rank 0 alone. Peers that waited for a rank that has ended so fail in
+    their communication; the launcher ends them.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank == 0 or not getattr(error, "agreed", True):
+            print(f"megatron_ext: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a normal exit would wait for peers in the destructors of process groups

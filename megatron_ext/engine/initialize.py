@@ -6,11 +6,14 @@ time of the call, so that everything else that `initialize` does stays DeepSpeed
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from megatron_ext.config import (ConfigError, MegatronExtConfig, UserError, check_deepspeed_config, load_config,
                                  parse_section, resolve_batch)
@@ -19,6 +22,7 @@ from megatron_ext.engine.agreement import agree
 from megatron_ext.engine.engine import PipelineEngine
 from megatron_ext.layers.router import Router
 from megatron_ext.parallel import MirroredPipelineUnit
+from megatron_ext.parallel.extensions import announce_build, check_stale_locks
 from megatron_ext.pipeline.module import PipelineModule
 
 
@@ -75,6 +79,19 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
                                     distributed_port=distributed_port, mpu=MirroredPipelineUnit(groups),
                                     dist_init_required=dist_init_required, collate_fn=collate_fn, config=ds_config,
                                     mesh_param=mesh_param)
+
+
+def init_distributed(**kwargs: Any) -> None:
+    """`deepspeed.init_distributed`, after clearing locks of killed builds and saying what is about to be compiled.
+
+    Args:
+        kwargs: as DeepSpeed's; `timeout` is taken over by every group made here.
+    """
+    if not dist.is_initialized():
+        check_stale_locks()
+        if get_accelerator().device_name() == "cpu":
+            announce_build(int(os.environ.get("RANK", 0)))
+    deepspeed.init_distributed(**kwargs)
 
 
 def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:

@@ -68,7 +68,6 @@ def quantize(
     Raises:
         ConfigError: an argument that is none of these, or a backend that cannot run here.
     """
-    block = (block[0], block[-1])  # JSON has lists
     if block not in (TILE, WEIGHT_BLOCK):
         raise ConfigError("block", block, "must be (1, 128) or (128, 128)")
     if format not in FORMATS:

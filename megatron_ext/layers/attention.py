@@ -36,7 +36,7 @@ class LatentAttention(nn.Module):
         hidden, heads, std = config.hidden_size, config.num_attention_heads, config.initializer_range
         self.heads, self.nope, self.rope, self.value = (
             heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
-        self.latent = config.kv_lora_rank
+        self.latent, self.q_lora_rank = config.kv_lora_rank, config.q_lora_rank
         self.dropout = config.attention_dropout
         query_width = heads * (self.nope + self.rope)
         if config.q_lora_rank is None:
@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, h] -> [B, T, h], in the dtype of x."""
-        if hasattr(self, "q_proj"):
+        if self.q_lora_rank is None:
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))

@@ -103,9 +103,9 @@ class RotaryEmbedding:
         return self._tables
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotates [..., T, D] in FP32; same shape, dtype and order of dimensions back."""
+        """Rotates [..., T, D], in FP32 like the tables; same shape, dtype and order of dimensions back."""
         cos, sin = self.tables(x.shape[-2], x.device)
         dimensions = "... (d two)" if self.interleave else "... (two d)"
-        a, b = rearrange(x.float(), f"{dimensions} -> two ... d", two=2)
+        a, b = rearrange(x, f"{dimensions} -> two ... d", two=2)
         rotated = torch.stack((a * cos - b * sin, b * cos + a * sin))
         return rearrange(rotated, f"two ... d -> {dimensions}").to(x.dtype)

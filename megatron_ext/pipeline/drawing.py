@@ -1,7 +1,8 @@
 """Pictures of a step: who computed what when, where ranks idled, and what they held.
 
-One row per rank, colour by kind, strong colours for direction 0 and pale ones for direction 1, micro-batch numbers where
-they fit. A pair is drawn as its forward above its backward. Grey is idle time. Beneath: the activations each rank holds.
+One row per rank, colour by kind, strong colours for direction 0 and pale ones for direction 1, micro-batch numbers
+where they fit. A pair is drawn as its forward above its backward. Grey is idle time. Beneath: the activations each rank
+holds.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ def _draw_number(axes: Axes, part: Compute, x: float, y: float, width: float, he
 
 def _draw_memory(axes: Axes, timeline: Timeline, scale: float, unit: str) -> None:
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     curves: dict[tuple[tuple[float, float], ...], list[int]] = defaultdict(list)  # mirrored ranks often share one
     for rank in range(len(timeline.ranks)):
@@ -157,7 +159,7 @@ def _draw_memory(axes: Axes, timeline: Timeline, scale: float, unit: str) -> Non
     axes.annotate(f"{peak:g}", (1, peak), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                   va="center", color=_SOFT, annotation_clip=False)
     axes.set_ylim(0, peak * 1.12)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("activations held")
     axes.set_xlabel(f"time [{unit}]" if unit else "time")
     axes.legend(loc="lower center", ncols=len(named), fontsize=7, frameon=True, framealpha=0.8, edgecolor="none",
@@ -189,8 +191,8 @@ def _draw_heading(axes: Axes, timeline: Timeline, title: str | None, scale: floa
     two = len({direction for _, direction in parts}) == 2
     labels.append("idle" + "    (dark: direction 0, pale: direction 1)" * two)
     axes.legend(handles, labels, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.15)}, loc="lower left",
-                bbox_to_anchor=(0, 1), ncols=len(handles), frameon=False, fontsize=8, handlelength=2.2, handleheight=0.9,
-                columnspacing=1.4, handletextpad=0.5, borderaxespad=0.2, borderpad=0.2)
+                bbox_to_anchor=(0, 1), ncols=len(handles), frameon=False, fontsize=8, handlelength=2.2,
+                handleheight=0.9, columnspacing=1.4, handletextpad=0.5, borderaxespad=0.2, borderpad=0.2)
 
 
 def _colour(part: Compute) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from megatron_ext.config.errors import UserError
 
@@ -21,8 +21,8 @@ ComputeKind = Literal["F", "I", "W", "B"]
 TransferKind = Literal["SF", "RF", "SB", "RB"]
 
 # A receive is posted this many computations before the one that waits for it: its message then travels behind whole
-# computations and no rank holds more than a few buffers. To be free of deadlock even where a send blocks its rank until the
-# receive is posted, DualPipe needs 1 and some bidirectional orders need 4 (all even P <= 32).
+# computations and no rank holds more than a few buffers. To be free of deadlock even where a send blocks its rank until
+# the receive is posted, DualPipe needs 1 and some bidirectional orders need 4 (all even P <= 32).
 POST_AHEAD = 4
 
 
@@ -82,12 +82,12 @@ class Pair:
         return f"{self.forward}&{self.backward}"
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What travels between two ranks, named by the computation that makes it.
 
     Kind "F" is the activation that the forward of `stage` makes for `stage` + 1; kind "B" is the gradient that the
-    backward of `stage` makes for `stage` - 1. The ranks follow from the other fields, so a message is its own key.
+    backward of `stage` makes for `stage` - 1. The ranks follow from the other fields, so a message is its own key (and a tuple,
+    which makes looking it up cheap).
     """
 
     kind: Literal["F", "B"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_ext.pipeline.instructions import Compute, Pair
+from megatron_ext.pipeline.instructions import Compute, Pair, ScheduleError
 
 
 class Span(NamedTuple):
@@ -84,7 +84,7 @@ class Timeline:
         return "\n".join(rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers: a span is [start, end, [kind, direction, stage, micro-batch]]; see `_encode` for pairs."""
+        """Plain lists and numbers: a span is [start, end, [kind, direction, stage, micro-batch]]."""
         ranks = [[[s.start, s.end, _encode(s.instruction)] for s in spans] for spans in self.ranks]
         return {"name": self.name, "unit": self.unit, "chunks": self.chunks, "ranks": ranks}
 
@@ -98,7 +98,15 @@ class Timeline:
 
     @classmethod
     def load(cls, path: str | Path) -> Timeline:
-        return cls.from_json(json.loads(Path(path).read_text()))
+        """The timeline that `save` wrote.
+
+        Raises:
+            ScheduleError: the file holds something else.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ScheduleError(f"{path}: not a timeline ({type(error).__name__}: {error})") from error
 
 
 def _encode(instruction: Compute | Pair) -> list[Any]:

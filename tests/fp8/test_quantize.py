@@ -347,6 +347,7 @@ def test_quantize_face() -> None:
     ("arguments", "key"),
     [
         ({"block": (1, 64)}, "block"),
+        ({"block": (1, 1, 128)}, "block"),
         ({"format": "e3m4"}, "format"),
         ({"x": torch.zeros(128)}, "x"),
         ({"x": torch.zeros(2, 128, dtype=torch.int32)}, "x"),
