@@ -11,9 +11,9 @@ before DeepSpeed starts:
 * `announce_build` says what is about to be compiled.
 
 How a lock is known to be stale: torch opens the file to create it and keeps it open until the build ends, so a
-process that builds shows it among its open files in /proc. That sees this host only, which is why our folder carries
-the host's name and why a lock in a folder that somebody else chose (it may lie on a file system that other hosts
-build in) must be old as well.
+process that builds shows it among its open files in /proc. (Its compilers do not, and may outlive it.) That sees this
+host only, which is why our folder carries the host's name and why a lock in a folder that somebody else chose (it may
+lie on a file system that other hosts build in) must be old as well.
 
 Nothing here imports torch or DeepSpeed.
 """
@@ -37,6 +37,9 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 CHOSEN_FOLDER_AGE = 15 * 60.0
 """Seconds after which an unheld lock is stale in a folder we did not choose; DeepSpeed's longest build took 334 s."""
+
+LEFTOVER_TIME = 300.0
+"""Seconds that the compilers of a killed build get to end by themselves."""
 
 _VARIABLE = "TORCH_EXTENSIONS_DIR"
 _log = logging.getLogger("megatron_ext")
@@ -72,11 +75,10 @@ def prepare_extensions() -> Path:
 
 
 def find_unheld_locks(folder: Path | None = None) -> list[Path]:
-    """Locks under `folder` (default: the one in force) that no process of this host builds under. Changes nothing.
+    """Locks under `folder` (default: the one in force) that no process of this host has open. Changes nothing.
 
-    A lock is unheld if, on two looks half a second apart, no process has the file open or works in its folder (the
-    build tool may outlive the Python that started it). Where that cannot be seen (no /proc, another user's lock) none
-    is called unheld.
+    Two looks half a second apart must agree. Where it cannot be seen who has what open (no /proc, another user's lock)
+    no lock is called unheld.
     """
     folder = extensions_folder() if folder is None else folder
     first = _look(folder)
@@ -91,8 +93,9 @@ def check_stale_locks(folder: Path | None = None) -> list[Path]:
     """Removes the locks of killed builds, one logged line for each, and returns them.
 
     Every rank calls it before DeepSpeed starts. Ranks of a host take turns, so that none removes the lock of a build
-    that another has just begun. A folder that cannot be written is left alone. An unheld lock that may
-    be another host's is named in the log, and removed once it is old.
+    that another has just begun. A folder that cannot be written is left alone. An unheld lock that may be another
+    host's is named in the log, and removed once it is old. Compilers that outlive the Python that started them are
+    waited for, at most `LEFTOVER_TIME`, so that nobody writes into the new build.
     """
     folder = extensions_folder() if folder is None else folder
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -105,6 +108,9 @@ def check_stale_locks(folder: Path | None = None) -> list[Path]:
             if time.time() - path.stat().st_mtime < wait:
                 _log.warning("%s is held by no process here: remove it if no other host is building there", path)
                 continue
+            deadline = time.monotonic() + LEFTOVER_TIME
+            while time.monotonic() < deadline and str(path.parent.resolve()) in _links("cwd"):
+                time.sleep(0.2)
             path.unlink(missing_ok=True)
             removed.append(path)
             _log.warning("removed %s, left by a build that was killed: every start would have waited for it", path)
@@ -131,15 +137,20 @@ def announce_build(rank: int = 0, op: str = SHARED_MEMORY_OP, seconds: int = 30)
 def _look(folder: Path) -> dict[Path, tuple[int, int]]:
     """The unheld locks under `folder` at this moment, each with (inode, mtime) by which to know it again."""
     locks = list(folder.glob("**/lock"))
-    in_use = set()
-    for link in (*Path("/proc").glob("[0-9]*/fd/*"), *Path("/proc").glob("[0-9]*/cwd")) if locks else ():
-        with contextlib.suppress(OSError):  # the process is gone, or another user's
-            in_use.add(os.readlink(link))
+    held = _links("fd/*") if locks else set()
     found = {}
-    for lock in locks:
+    for lock in locks if held else ():
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             status = lock.stat()
-            held = not in_use or {str(lock.resolve()), str(lock.parent.resolve())} & in_use
-            if not held and status.st_uid == os.getuid():
+            if str(lock.resolve()) not in held and status.st_uid == os.getuid():
                 found[lock] = status.st_ino, status.st_mtime_ns
     return found
+
+
+def _links(name: str) -> set[str]:
+    """Where the links /proc/<pid>/`name` of all processes that may be seen point; empty without /proc."""
+    targets = set()
+    for link in Path("/proc").glob(f"[0-9]*/{name}"):
+        with contextlib.suppress(OSError):  # the process is gone, or another user's
+            targets.add(os.readlink(link))
+    return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_ext.pipeline.drawing import draw
 from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer
 from megatron_ext.pipeline.schedules import schedule
 from megatron_ext.pipeline.simulator import Result, Times, simulate
@@ -19,6 +20,7 @@ __all__ = [
     "Timeline",
     "Times",
     "Transfer",
+    "draw",
     "schedule",
     "simulate",
     "verify",

@@ -7,7 +7,9 @@ it is sent and its receive is posted, for gloo and NCCL move large messages only
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
+from megatron_ext.config.errors import UserError
 from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer
 from megatron_ext.pipeline.timeline import Span, Timeline
 
@@ -27,6 +29,11 @@ class Times:
     weight_grad: float = 1.0
     pair: float | None = None
     message: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = (self.forward, self.input_grad, self.weight_grad)
+        if min(*parts, self.full_pair - self.weight_grad, self.message) < 0 or not 0 < sum(parts) < inf:
+            raise UserError(f"{self}: durations are not negative, not all zero, and a pair is not shorter than its W")
 
     @property
     def full_pair(self) -> float:

@@ -40,8 +40,8 @@ class Case:
     tied: bool = True
     bf16: bool = False
     grad_accum_dtype: str | None = None
-    section: dict[str, Any] = field(default_factory=dict)
-    zero_options: dict[str, Any] = field(default_factory=dict)
+    section: dict[str, Any] = field(default_factory=dict, hash=False)
+    zero_options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def world_size(self) -> int:

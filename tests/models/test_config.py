@@ -61,6 +61,7 @@ def test_v2_and_lite() -> None:
 def test_round_trip_and_files(tmp_path: Path, source: dict[str, Any]) -> None:
     config = DeepSeekV3Config.from_hf(source)
     assert DeepSeekV3Config.from_hf(config.to_hf()) == config
+    assert config.to_hf()["num_nextn_predict_layers"] == 0  # what we save has none
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     assert DeepSeekV3Config.from_hf(tmp_path) == DeepSeekV3Config.from_hf(str(tmp_path / "config.json")) == config
     dropped = replace(config, hidden_dropout=0.1)

@@ -34,7 +34,7 @@ def random_sizes(seed: int, q_lora: bool, yarn: bool, **family: Any) -> dict[str
         "qk_nope_head_dim": draw.choice([6, 8]), "qk_rope_head_dim": draw.choice([4, 8]),
         "v_head_dim": draw.choice([5, 8]), "rms_norm_eps": 1e-3, "max_position_embeddings": 64,
         "rope_parameters": ({"rope_theta": 100.0} | YARN) if yarn else {"rope_theta": 100.0, "rope_type": "default"},
-        "attention_bias": draw.choice([True, False]), "initializer_range": 0.3} | family
+        "attention_bias": draw.choice([True, False]), "initializer_range": 0.2} | family
 
 
 def hugging_face(family: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -1,8 +1,8 @@
 """DualPipe (DeepSeek-V3 report, section 3.2.1): micro-batches enter from both ends, and pairs hide the communication.
 
 Rank r holds stage r of direction 0 and stage P-1-r of direction 1, so ranks r and P-1-r hold the same two stages. With
-F = I every rank idles (P/2-1)(FB+B-3W) and holds P+1 activations at its peak, whatever m. The order is valid for even
-m >= 2P-2; `bidirectional` serves the smaller ones.
+F = I the middle ranks idle (P/2-1)(FB+B-3W), the outer ones less if pairs gain something, and every rank holds P+1
+activations at its peak, whatever m. The order is valid for even m >= 2P-2; `bidirectional` serves the smaller ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def dualpipe(stages: int, micro_batches: int) -> Plan:
         micro_batches,
         ranks,
         activation_limit=stages + 1,
-        weight_grad_limit=stages // 2 + 1,
+        weight_grad_limit=stages // 2,
     )
 
 

@@ -1,0 +1,170 @@
+"""The verifier passes sound plans (test_schedules.py) and names what is wrong with each damaged one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.pipeline import Compute, Pair, Plan, ScheduleError, Transfer, schedule, verify
+
+PLAN = schedule("dualpipe", stages=4, micro_batches=8)
+
+
+def find(plan: Plan, rank: int, text: str) -> int:
+    """Where the instruction that reads like this stands."""
+    return [str(instruction) for instruction in plan.instructions[rank]].index(text)
+
+
+def remove(text: str, rank: int = 0) -> Callable[[Plan], None]:
+    return lambda plan: plan.instructions[rank].pop(find(plan, rank, text)) and None
+
+
+def duplicate(text: str, rank: int = 0) -> Callable[[Plan], None]:
+    def damage(plan: Plan) -> None:
+        index = find(plan, rank, text)
+        plan.instructions[rank].insert(index, plan.instructions[rank][index])
+
+    return damage
+
+
+def swap(first: str, second: str, rank: int = 0) -> Callable[[Plan], None]:
+    def damage(plan: Plan) -> None:
+        order, a, b = plan.instructions[rank], find(plan, rank, first), find(plan, rank, second)
+        order[a], order[b] = order[b], order[a]
+
+    return damage
+
+
+def change(text: str, rank: int = 0, **fields: object) -> Callable[[Plan], None]:
+    def damage(plan: Plan) -> None:
+        index = find(plan, rank, text)
+        instruction = plan.instructions[rank][index]
+        if isinstance(instruction, Transfer) and "kind" not in fields:
+            instruction = replace(instruction, message=instruction.message._replace(**fields))
+        else:
+            instruction = replace(instruction, **fields)
+        plan.instructions[rank][index] = instruction
+
+    return damage
+
+
+def move_to_end(text: str, rank: int = 0) -> Callable[[Plan], None]:
+    return lambda plan: plan.instructions[rank].append(plan.instructions[rank].pop(find(plan, rank, text)))
+
+
+def exchange_ranks(plan: Plan) -> None:
+    plan.instructions[1], plan.instructions[2] = plan.instructions[2], plan.instructions[1]
+
+
+def drop_a_rank(plan: Plan) -> None:
+    plan.instructions.pop()
+
+
+def misplace(plan: Plan) -> None:
+    plan.placement[1][0] = plan.placement[1][1]
+
+
+def pair_two_forwards(plan: Plan) -> None:
+    index = find(plan, 0, "F0.3&B1.1")
+    plan.instructions[0][index] = Pair(Compute("F", 0, 0, 3), Compute("F", 1, 3, 1))
+
+
+DAMAGE = {
+    "missing forward": (remove("F1.1"), r"rank 0, .*\(F0.3&B1.1\): the backward .* before its forward"),
+    "missing last weight gradient": (remove("W0.3"), "rank 0 never runs the weight gradient of 0.3 of stage 0"),
+    "missing last backward": (remove("B1.3"), "rank 0 never runs the input gradient of 1.3 of stage 3"),
+    "double backward": (duplicate("B1.2"), r"\(B1.2 of stage 3\): the backward .* after its backward"),
+    "double weight gradient": (duplicate("W0.2"), "the weight gradient .* after its weight gradient"),
+    "double forward": (duplicate("F0.1"), "the forward .* after its forward"),
+    "weight gradient before input gradient": (swap("I1.0", "W1.0"), "weight gradient .* after its forward"),
+    "backward before forward": (swap("F1.0", "I1.0"), "input gradient .* before its forward"),
+    "wrong micro-batch": (change("F0.2", micro_batch=9), r"F0.9 .*direction 0 has the micro-batches 0 to 3"),
+    "micro-batch of another": (change("F0.2", micro_batch=1), "the forward .* after its forward"),
+    "wrong stage": (change("F0.2", stage=1), "stage 1 of direction 0 is on rank 1"),
+    "no such stage": (change("F0.2", stage=4), "there is no stage 4"),
+    "wrong direction": (change("F0.2", direction=1), "stage 0 of direction 1 is on rank 3"),
+    "no such direction": (change("F0.2", direction=2), "there is no direction 2"),
+    "no such kind": (change("F0.2", kind="X"), "'X' is no computation"),
+    "pair of forwards": (pair_two_forwards, "a pair is a forward and a backward"),
+    "exchanged ranks": (exchange_ranks, "stage 2 of direction 0 is on rank 2|stage 1 of direction 1 is on rank 2"),
+    "missing rank": (drop_a_rank, "4 ranks, but instructions for 3"),
+    "uneven placement": (misplace, r"direction 1 places its stages on ranks \[2, 2, 1, 0\]"),
+    "swapped sends": (swap("SF0.0>1", "SF0.1>1"), "sent before it is made"),
+    "sends in another order": (move_to_end("SF0.1>1"), "ranks 0 and 1 disagree on the order of messages"),
+    "swapped receives": (swap("RF0.0<0", "RF0.1<0", 1), "ranks 0 and 1 disagree on the order of messages"),
+    "missing send": (remove("SF0.1>1"), "rank 0 never sends the activation 0.1 of stage 0, rank 0 to 1"),
+    "missing receive": (remove("RF0.1<0", 1), "no receive was posted for the activation 0.1"),
+    "late receive": (move_to_end("RF0.1<0", 1), "no receive was posted for the activation 0.1"),
+    "double send": (duplicate("SF0.1>1"), "sent before it is made, twice"),
+    "double receive": (duplicate("RF0.1<0", 1), "received twice"),
+    "send to another rank": (change("SF0.1>1", destination=2), "to a rank that does not need it"),
+    "receive of another's": (change("RF0.1<0", 1, destination=2), "by a rank that does not need it"),
+    "receive of nothing": (change("RF0.1<0", 1, stage=2), "no receive was posted"),
+    "send as receive": (change("SF0.1>1", kind="RF"), "received twice, or by a rank that does not need it"),
+    "gradient sent as activation": (change("SF0.1>1", kind="SB"), "'SB' does not move the activation"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(name):
+    damage, message = DAMAGE[name]
+    plan = copy.deepcopy(PLAN)
+    damage(plan)
+    with pytest.raises(ScheduleError, match=message):
+        verify(plan)
+
+
+@given(st.data())
+def test_no_instruction_can_be_lost_doubled_or_renumbered(data):
+    plan = copy.deepcopy(schedule("dualpipe", *data.draw(st.sampled_from([(2, 4), (4, 2), (4, 4), (4, 10), (6, 8)]))))
+    order = plan.instructions[data.draw(st.integers(0, plan.stages - 1))]
+    index = data.draw(st.integers(0, len(order) - 1))
+    match data.draw(st.sampled_from(["lose", "double", "renumber"])):
+        case "lose":
+            order.pop(index)
+        case "double":
+            order.insert(data.draw(st.integers(0, len(order))), order[index])
+        case _:
+            old = order[index]
+            shift = data.draw(st.integers(1, 3))
+            if isinstance(old, Transfer):
+                order[index] = replace(old, message=old.message._replace(micro_batch=old.micro_batch + shift))
+            elif isinstance(old, Pair):
+                backward = replace(old.backward, micro_batch=old.backward.micro_batch + shift)
+                order[index] = replace(old, backward=backward)
+            else:
+                order[index] = replace(old, micro_batch=old.micro_batch + shift)
+    with pytest.raises(ScheduleError):
+        verify(plan)
+
+
+def test_ranks_that_wait_for_each_other_are_named():
+    orders = [PLAN.compute(rank) for rank in range(4)]
+    orders[0].insert(0, orders[0].pop(3))
+    orders[3].insert(0, orders[3].pop(3))
+    with pytest.raises(ScheduleError, match=r"deadlock: rank \d waits at .* \(F\d.0\) for the activation .*; rank \d"):
+        verify(Plan.from_compute("crossed", PLAN.placement, 8, orders))
+
+
+def test_receives_posted_too_late_for_rendezvous_are_found():
+    orders = [PLAN.compute(rank) for rank in range(4)]
+    verify(Plan.from_compute("early", PLAN.placement, 8, orders, post_ahead=1))
+    with pytest.raises(ScheduleError, match=r"deadlock: rank \d waits at instruction \d+ \(S[FB]"):
+        verify(Plan.from_compute("just in time", PLAN.placement, 8, orders, post_ahead=0))
+
+
+def test_promises_about_memory_are_checked():
+    orders = [PLAN.compute(rank) for rank in range(4)]
+    late = [[i for i in order if i.kind != "W"] + [i for i in order if i.kind == "W"] for order in orders]
+    plan = Plan.from_compute("late W", PLAN.placement, 8, late)
+    assert (verify(plan).activations, verify(plan).weight_grads) == ([6, 5, 5, 6], [3, 2, 2, 3])
+    with pytest.raises(ScheduleError, match="rank 0 holds 6 activations, more than the 5"):
+        verify(replace(plan, activation_limit=5))
+    with pytest.raises(ScheduleError, match="rank 0 holds 3 waiting weight gradients, more than the 2"):
+        verify(replace(plan, weight_grad_limit=2))
+    assert (PLAN.activation_limit, PLAN.weight_grad_limit) == (5, 2)
