@@ -1,9 +1,9 @@
 """The engine: DeepSpeed's, with a bidirectional pipeline for a training step.
 
-It subclasses `DeepSpeedEngine`, not DeepSpeed's `PipelineEngine`: ZeRO-1/2 with or without offload, the optimizers,
+It subclasses `DeepSpeedEngine`, not DeepSpeed's `PipelineEngine`: ZeRO-1/2 with or without offload, the optimizers, the
 schedulers, monitors and checkpoints stay DeepSpeed's own, and learn through the `mpu` that mirrored ranks are replicas.
-What is ours is the order of a step: schedule, FP32 gradients, one reduction, one optimizer step, one move of the routers'
-biases (DeepSeek-V3 report, sections 2.1.2, 3.2 and 3.3).
+What is ours is the order of a step: schedule, FP32 gradients, one reduction, one optimizer step, one move of the
+routers' biases (DeepSeek-V3 report, sections 2.1.2, 3.2 and 3.3).
 
 Letters: P pipeline ranks, 2D data shards, n = gradient_accumulation_steps micro-batches per direction.
 """
@@ -11,8 +11,6 @@ Letters: P pipeline ranks, 2D data shards, n = gradient_accumulation_steps micro
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -23,7 +21,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_ext.comm.point_to_point import Messenger
@@ -31,11 +28,12 @@ from megatron_ext.config import MegatronExtConfig, parse_section
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import gradients
 from megatron_ext.engine.checkpoint import CheckpointMixin
-from megatron_ext.engine.zero import PipelineZeroOptimizer
+from megatron_ext.engine.optimizers import OptimizerMixin, PipelineZeroOptimizer
+from megatron_ext.engine.report import ReportMixin
+from megatron_ext.engine.shards import compare_first_batches
 from megatron_ext.fp8 import Precision, WeightCache
-from megatron_ext.layers.balancing import max_violation, update_biases
+from megatron_ext.layers.balancing import update_biases
 from megatron_ext.layers.router import Router
-from megatron_ext.optimizer import AdamW
 from megatron_ext.pipeline.evaluation import forward_only
 from megatron_ext.pipeline.executor import Batches, Executor
 from megatron_ext.pipeline.instructions import Plan
@@ -47,7 +45,7 @@ from megatron_ext.pipeline.weight_gradients import WeightGradients, hooked_param
 log = logging.getLogger("megatron_ext")
 
 
-class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
+class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngine):
     """What `megatron_ext.initialize` returns for a `PipelineModule`.
 
     Attributes:
@@ -125,47 +123,6 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
             self.has_moe_layers = True
             self.num_experts = sorted({p.num_experts for p in experts})
 
-    def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
-        """Adam and AdamW are ours where BF16 moments are asked for, and on a CPU, where DeepSpeed's would compile for minutes."""
-        name = (self.optimizer_name() or "").lower()
-        params = dict(self.optimizer_params() or {})
-        on_host = get_accelerator().device_name() == "cpu"
-        moment_dtype = self.section.optimizer.moment_dtype
-        if name not in ("adam", "adamw") or params.get("torch_adam") or not (moment_dtype or on_host):
-            return super()._configure_basic_optimizer(model_parameters)
-        for key in ("torch_adam", "fp32_optimizer_states"):  # DeepSpeed's own switches between implementations
-            params.pop(key, None)
-        params["adam_w_mode"] = name == "adamw" or params.get("adam_w_mode", True)
-        return AdamW(model_parameters, moment_dtype=moment_dtype or "fp32", **params)
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-        """Never BF16_Optimizer: it drops the options of ZeRO, and gradients cannot be handed to it once per step."""
-        from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
-
-        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
-        return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and self.zero_optimization() else wrapper
-
-    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
-        made = super()._configure_zero_optimizer(optimizer)
-        if type(made) is DeepSpeedZeroOptimizer:
-            made.__class__ = PipelineZeroOptimizer
-        return made
-
-    def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
-        """Undoes the step with zero gradients that DeepSpeed's wrapper takes when it is made: it decays the weights once and
-        leaves every moment's bias correction one step ahead (measured: first update 20 % short)."""
-        made = super()._configure_fp16_optimizer(optimizer, low_precision_dtype)
-        for masters, weights in zip(made.fp32_groups, made.fp16_groups, strict=True):
-            for master, weight in zip(masters, weights, strict=True):
-                master.data.copy_(weight.data)
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group.pop("step", None)
-        return made
-
-    def clip_fp32_gradients(self) -> None:
-        """Nothing: without ZeRO, gradients are clipped before they are handed over (gradients.py)."""
-
     def _synchronize_tied(self) -> None:
         """Makes the groups of tied parameters that lie on several pairs, and gives all holders the owner's values."""
         self._tied_groups: list[tuple[list[nn.Parameter], Any]] = []
@@ -229,6 +186,15 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
         if key not in self._plans:
             self._plans[key] = schedule(self.module.schedule, stages=self.module.num_stages, micro_batches=total)
         return self._plans[key]
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("a pipeline runs whole batches: use train_batch() or eval_batch()")
+
+    def backward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("a pipeline runs whole batches: use train_batch()")
+
+    def step(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("a pipeline runs whole batches: use train_batch()")
 
     # -- a training step
 
@@ -340,8 +306,7 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
     def _batches(self, iterator: Iterator[Any] | None = None) -> Batches:
         """The iterator of the direction that starts here, if one does."""
         if not self.is_first_stage():
-            if not self._batches_compared:
-                self._compare_first_batches(None)
+            self._compare_once(None)
             return {}
         if iterator is None:
             if self._data_iterator is None and self.training_dataloader is not None:
@@ -349,32 +314,16 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
             iterator = self._data_iterator
         if iterator is None:
             raise ValueError("there is no data: give train_batch an iterator, or initialize(training_data=...)")
-        if not self._batches_compared:
-            iterator = self._compare_first_batches(iterator)
+        iterator = self._compare_once(iterator)
         direction = 0 if self.module.stage_rank == 0 else 1
         return {direction: iterator}
 
-    def _compare_first_batches(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
-        """Warns once if two shards read the same data; the first batch is put back."""
+    def _compare_once(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
+        if self._batches_compared:
+            return iterator
         self._batches_compared = True
-        mine = None
-        if iterator is not None:
-            first = next(iterator, None)
-            if first is not None:
-                mine = (self.data_parallel_rank, _fingerprint(first))
-                iterator = itertools.chain([first], iterator)
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine, group=self.process_groups.control)
-        if self.process_groups.rank == 0:
-            seen: dict[str, int] = {}
-            for shard, fingerprint in filter(None, found):
-                if fingerprint in seen:
-                    log.warning("data shards %d and %d of %d read identical first batches: give each rank its own shard by "
-                                "engine.data_parallel_rank and engine.data_parallel_world_size",
-                                seen[fingerprint], shard, self.data_parallel_world_size)
-                    break
-                seen[fingerprint] = shard
-        return iterator
+        return compare_first_batches(iterator, self.data_parallel_rank, self.data_parallel_world_size,
+                                     self.process_groups.control)
 
     # -- evaluation
 
@@ -412,7 +361,7 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
         return (loss, outputs) if return_logits else loss
 
     def _all_losses(self, losses: list[Tensor], count: int) -> Tensor:
-        """[n * 2D] losses in the order of the global batch; they arrive in order of micro-batch, one direction per rank."""
+        """[n * 2D] losses in the order of the global batch; a rank has those of one direction, by micro-batch."""
         grid = self.process_groups.topology
         every = torch.zeros(count, grid.data_parallel_size, device=self.device)
         if losses:
@@ -420,60 +369,3 @@ class PipelineEngine(CheckpointMixin, DeepSpeedEngine):
             every[:, grid.shard(direction, grid.replica(self.process_groups.rank))] = torch.stack(losses)
         dist.all_reduce(every)
         return every.flatten()
-
-    # -- reporting
-
-    def _gather_timeline(self, plan: Plan, spans: list[Any]) -> None:
-        """Collects what ran on every rank of the pipeline; clocks agree within a host."""
-        self._record = False
-        ranks: list[Any] = [None] * self.module.num_stages
-        dist.all_gather_object(ranks, spans, group=self.process_groups.pipeline)
-        start = min(s[0].start for s in ranks if s)
-        shifted = [[s._replace(start=s.start - start, end=s.end - start) for s in spans] for spans in ranks]
-        self.timeline = Timeline(f"{plan.name}, step {self.global_steps}", shifted)
-
-    def gather_expert_counts(self) -> dict[str, Tensor]:
-        """Tokens per expert of the last step for every router of the model, by name, on every rank; collective."""
-        found: list[Any] = [None] * dist.get_world_size()
-        mine = {name: counts.cpu() for name, counts in self.expert_counts.items()}
-        dist.all_gather_object(found, mine, group=self.process_groups.control)
-        merged: dict[str, Tensor] = {}
-        for part in found:
-            merged.update(part)
-        return dict(sorted(merged.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
-
-    def _report(self, loss: Tensor) -> None:
-        """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""
-        norm = self.get_global_grad_norm()
-        violations = [max_violation(c) for c in self.expert_counts.values()]
-        self.metrics = {"loss": loss.item(), "grad_norm": None if norm is None else float(norm), "lr": self.get_lr()[0],
-                        "max_violation": max(violations, default=None)}
-        every = self.steps_per_print()
-        due = every is not None and self.global_steps % every == 0
-        if due and self.global_rank == 0:
-            seconds = self.timers("train_batch").elapsed(reset=True) / 1000.0 / every
-            deepspeed.utils.log_dist(
-                f"steps: {self.global_steps} loss: {self.metrics['loss']:0.4f} iter time (s): {seconds:0.3f} "
-                f"samples/sec: {self.train_batch_size() / seconds:0.3f}", ranks=[0])
-        if due and self.wall_clock_breakdown():
-            self.timers.log(["pipeline", "reduce_gradients", "optimizer"])
-        if self.monitor.enabled and self.global_rank == 0:
-            names = {"loss": "train_loss", "lr": "lr", "grad_norm": "grad_norm", "max_violation": "max_violation"}
-            self.monitor.write_events([(f"Train/Samples/{names[k]}", v, self.global_samples)
-                                       for k, v in self.metrics.items() if v is not None])
-
-
-def _fingerprint(batch: Any) -> str:
-    """Of the inputs of a batch."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, (tuple, list)):
-            for v in value:
-                add(v)
-        elif isinstance(value, Tensor):
-            digest.update(str((tuple(value.shape), value.dtype)).encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-
-    add(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
-    return digest.hexdigest()

@@ -1,9 +1,9 @@
 """From FP32 main gradients to the optimizer: tied layers, ZeRO-1/2, and the path without ZeRO.
 
-ZeRO-1/2 take gradients through DeepSpeed's public `coalesce_grad_reduction`: its hooks are mute during the schedule, and one
-reduction runs at the exit over whatever lies in `param.grad` or, with `grad_accum_dtype` fp32 under ZeRO-1,
-`param.grad_accum`. Our FP32 sums are put there just before. Without ZeRO, DeepSpeed's own reduction and clipping count a
-parameter of a pipeline wrongly (the norm misses every pair but the first, and experts); reduction and clipping are done here.
+ZeRO-1/2 take gradients through DeepSpeed's public `coalesce_grad_reduction`: its hooks are mute during the schedule,
+and one reduction runs at the exit over whatever lies in `param.grad` or, with `grad_accum_dtype` fp32 under ZeRO-1,
+`param.grad_accum`. Our FP32 sums are put there just before. Without ZeRO, DeepSpeed's own reduction and clipping count
+a parameter of a pipeline wrongly (the norm misses every pair but the first, and experts), so both are done here.
 
 Letters: 2D data-parallel shards.
 """

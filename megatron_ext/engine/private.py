@@ -22,7 +22,7 @@ ENGINE_METHODS = {
     "_configure_distributed_model": "overridden: tells DeepSpeed that the module has experts",
     "_configure_basic_optimizer": "overridden: AdamW with BF16 moments",
     "_configure_fp16_optimizer": "overridden: BF16 without ZeRO starts from unchanged master weights",
-    "_configure_zero_optimizer": "overridden: stages with different numbers of parameter groups (zero.py)",
+    "_configure_zero_optimizer": "overridden: stages with different numbers of parameter groups (optimizers.py)",
     "_do_optimizer_sanity_check": "overridden: BF16_Optimizer is never chosen",
     "_take_model_step": "the optimizer step of a batch",
     "_common_checkpoint_state": "contents of mp_rank_*_model_states.pt",
@@ -44,7 +44,7 @@ ENGINE_SOURCES = {
 }
 ZERO_SOURCES = {
     "use_grad_accum_attribute": "whether gradients are taken from param.grad_accum (FP32) or param.grad",
-    "scaled_global_norm": "overridden in zero.py",
+    "scaled_global_norm": "overridden in optimizers.py",
     "complete_grad_norm_calculation_for_cpu_offload": "one group's norm with offload",
     "get_grad_norm_direct": "one group's norm without offload",
     "bit16_groups": "the parameter groups",

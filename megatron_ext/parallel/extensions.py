@@ -108,9 +108,7 @@ def check_stale_locks(folder: Path | None = None) -> list[Path]:
             if time.time() - path.stat().st_mtime < wait:
                 _log.warning("%s is held by no process here: remove it if no other host is building there", path)
                 continue
-            deadline = time.monotonic() + LEFTOVER_TIME
-            while time.monotonic() < deadline and str(path.parent.resolve()) in _links("cwd"):
-                time.sleep(0.2)
+            _wait_for_leftovers(path.parent)
             path.unlink(missing_ok=True)
             removed.append(path)
             _log.warning("removed %s, left by a build that was killed: every start would have waited for it", path)
@@ -145,6 +143,14 @@ def _look(folder: Path) -> dict[Path, tuple[int, int]]:
             if str(lock.resolve()) not in held and status.st_uid == os.getuid():
                 found[lock] = status.st_ino, status.st_mtime_ns
     return found
+
+
+def _wait_for_leftovers(folder: Path) -> None:
+    deadline = time.monotonic() + LEFTOVER_TIME
+    if str(folder.resolve()) in _links("cwd"):
+        _log.warning("waiting for the compilers of a killed build in %s", folder)
+        while time.monotonic() < deadline and str(folder.resolve()) in _links("cwd"):
+            time.sleep(0.2)
 
 
 def _links(name: str) -> set[str]:

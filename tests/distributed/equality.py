@@ -1,7 +1,7 @@
 """The same small DeepSeek-V3 trained by the engine on many ranks, and by a plain loop in one process.
 
-The loop here shares the layers with the engine and nothing else: no pipeline, no executor, no ZeRO, torch's own AdamW and
-clipping. What it computes is the definition of what every layout must reproduce.
+The loop here shares the layers with the engine and nothing else: no pipeline, no executor, no ZeRO, torch's own AdamW
+and clipping. What it computes is the definition of what every layout must reproduce.
 """
 
 from __future__ import annotations
@@ -178,5 +178,5 @@ def compare(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 
     assert found["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
         exact = name.endswith("e_score_correction_bias")
-        torch.testing.assert_close(found["state"][name], value, rtol=0, atol=0 if exact else tolerance, msg=lambda m, n=name:
-                                   f"{n}: {m}")
+        torch.testing.assert_close(found["state"][name], value, rtol=0, atol=0 if exact else tolerance,
+                                   msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,82 @@
+"""Which optimizer DeepSpeed makes for a pipeline, and ZeRO-1/2 on stages that differ: one with experts, one without.
+
+ZeRO computes a norm per parameter group and sums each over the model-parallel group. Experts make a group of their own,
+so a pair of stages without experts has fewer groups than one with, takes part in fewer sums, and the step hangs. Here
+every rank takes part in as many sums as the rank with the most groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from megatron_ext.optimizer import AdamW
+
+
+class PipelineZeroOptimizer(DeepSpeedZeroOptimizer):
+    """Takes over an optimizer that DeepSpeed has made, by class assignment; adds no state but `most_groups`."""
+
+    most_groups: int = 0
+    """Parameter groups on the rank of the job that has the most."""
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """L2 norm over all groups of all stages; -1 if it is not finite, as in DeepSpeed."""
+        norms = [super().scaled_global_norm(norm_type)]
+        for _ in range(self.most_groups - len(self.bit16_groups)):
+            # No parameters of ours: what comes back are the other stages' groups.
+            norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]) if self.cpu_offload
+                         else self.get_grad_norm_direct([], []))
+        stacked = torch.stack([n.to(norms[0].device).reshape(()) for n in norms])
+        return torch.where((stacked < 0).any(), torch.full_like(stacked[0], -1.0), stacked.pow(2).sum().sqrt())
+
+
+class OptimizerMixin:
+    """The engine's choice of optimizers, by overriding DeepSpeed's own set-up methods."""
+
+    def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
+        """Adam and AdamW are ours where `moment_dtype` is given, and on a CPU, where DeepSpeed's compile for minutes."""
+        name = (self.optimizer_name() or "").lower()
+        params = dict(self.optimizer_params() or {})
+        on_host = get_accelerator().device_name() == "cpu"
+        moment_dtype = self.section.optimizer.moment_dtype
+        others = params.get("torch_adam") or self.bf16_master_weights_and_grads()  # DeepSpeed's own recipes
+        if name not in ("adam", "adamw") or others or not (moment_dtype or on_host):
+            return super()._configure_basic_optimizer(model_parameters)
+        for key in ("torch_adam", "fp32_optimizer_states"):  # DeepSpeed's own switches between implementations
+            params.pop(key, None)
+        params["adam_w_mode"] = name == "adamw" or params.get("adam_w_mode", True)
+        return AdamW(model_parameters, moment_dtype=moment_dtype or "fp32", **params)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        """Never BF16_Optimizer: it drops the options of ZeRO, and gradients cannot be handed to it once per step."""
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and self.zero_optimization() else wrapper
+
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        made = super()._configure_zero_optimizer(optimizer)
+        if type(made) is DeepSpeedZeroOptimizer:
+            made.__class__ = PipelineZeroOptimizer
+        return made
+
+    def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
+        """Undoes the step with zero gradients that DeepSpeed's wrapper takes when it is made.
+
+        That step decays the weights once and leaves the bias correction one step ahead: the first update was 20 %
+        short.
+        """
+        made = super()._configure_fp16_optimizer(optimizer, low_precision_dtype)
+        for masters, weights in zip(made.fp32_groups, made.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.data.copy_(weight.data)
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group.pop("step", None)
+        return made
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: without ZeRO, gradients are clipped before they are handed over (gradients.py)."""

@@ -1,0 +1,56 @@
+"""What a step leaves to look at: metrics, load of experts, timeline of the pipeline, DeepSpeed's monitors and timers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import log_dist
+from torch import Tensor
+
+from megatron_ext.layers.balancing import max_violation
+from megatron_ext.pipeline.instructions import Plan
+from megatron_ext.pipeline.timeline import Timeline
+
+
+class ReportMixin:
+    """The part of the engine that reports; see the attributes of `PipelineEngine`."""
+
+    def _gather_timeline(self, plan: Plan, spans: list[Any]) -> None:
+        """Collects what ran on every rank of the pipeline; clocks agree within a host."""
+        self._record = False
+        ranks: list[Any] = [None] * self.module.num_stages
+        dist.all_gather_object(ranks, spans, group=self.process_groups.pipeline)
+        start = min(s[0].start for s in ranks if s)
+        shifted = [[s._replace(start=s.start - start, end=s.end - start) for s in spans] for spans in ranks]
+        self.timeline = Timeline(f"{plan.name}, step {self.global_steps}", shifted)
+
+    def gather_expert_counts(self) -> dict[str, Tensor]:
+        """Tokens per expert of the last step for every router of the model, by name, on every rank; collective."""
+        found: list[Any] = [None] * dist.get_world_size()
+        mine = {name: counts.cpu() for name, counts in self.expert_counts.items()}
+        dist.all_gather_object(found, mine, group=self.process_groups.control)
+        merged: dict[str, Tensor] = {}
+        for part in found:
+            merged.update(part)
+        return dict(sorted(merged.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
+
+    def _report(self, loss: Tensor) -> None:
+        """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""
+        norm = self.get_global_grad_norm()
+        violations = [max_violation(c) for c in self.expert_counts.values()]
+        self.metrics = {"loss": loss.item(), "grad_norm": None if norm is None else float(norm), "lr": self.get_lr()[0],
+                        "max_violation": max(violations, default=None)}
+        every = self.steps_per_print()
+        due = every is not None and self.global_steps % every == 0
+        if due and self.global_rank == 0:
+            seconds = self.timers("train_batch").elapsed(reset=True) / 1000.0 / every
+            log_dist(
+                f"steps: {self.global_steps} loss: {self.metrics['loss']:0.4f} iter time (s): {seconds:0.3f} "
+                f"samples/sec: {self.train_batch_size() / seconds:0.3f}", ranks=[0])
+        if due and self.wall_clock_breakdown():
+            self.timers.log(["pipeline", "reduce_gradients", "optimizer"])
+        if self.monitor.enabled and self.global_rank == 0:
+            names = {"loss": "train_loss", "lr": "lr", "grad_norm": "grad_norm", "max_violation": "max_violation"}
+            self.monitor.write_events([(f"Train/Samples/{names[k]}", v, self.global_samples)
+                                       for k, v in self.metrics.items() if v is not None])
