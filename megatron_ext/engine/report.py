@@ -1,4 +1,4 @@
-"""What a step leaves to look at: metrics, load of experts, timeline of the pipeline, DeepSpeed's monitors and timers."""
+"""What a step leaves to look at: metrics, experts' load, timeline of the pipeline; DeepSpeed's monitors and timers."""
 
 from __future__ import annotations
 
