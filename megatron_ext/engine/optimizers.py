@@ -39,13 +39,16 @@ class OptimizerMixin:
     """The engine's choice of optimizers, by overriding DeepSpeed's own set-up methods."""
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
-        """Adam and AdamW are ours where `moment_dtype` is given, and on a CPU, where DeepSpeed's take minutes to build."""
+        """Adam and AdamW are ours where `moment_dtype` is given, and on a CPU, where DeepSpeed's compile for minutes.
+
+        DeepSpeed's own recipes stay its own: `torch_adam`, and BF16 master weights.
+        """
         name = (self.optimizer_name() or "").lower()
         params = dict(self.optimizer_params() or {})
         on_host = get_accelerator().device_name() == "cpu"
         moment_dtype = self.section.optimizer.moment_dtype
-        others = params.get("torch_adam") or self._config.bfloat16_config.bf16_master_weights_and_grads  # DeepSpeed's own recipes
-        if name not in ("adam", "adamw") or others or not (moment_dtype or on_host):
+        theirs = params.get("torch_adam") or self.bf16_master_weights_and_gradients()
+        if name not in ("adam", "adamw") or theirs or not (moment_dtype or on_host):
             return super()._configure_basic_optimizer(model_parameters)
         for key in ("torch_adam", "fp32_optimizer_states"):  # DeepSpeed's own switches between implementations
             params.pop(key, None)

@@ -112,7 +112,7 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
     mine = {}
     for name, value in engine.module.state_dict().items():
         first = getattr(dict(engine.module.named_parameters()).get(name), "expert_range", (None,))[0]
-        mine[name, first] = value.detach().float().clone()
+        mine[name, first] = value.detach().float().cpu().clone()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     merged: dict[tuple[str, Any], torch.Tensor] = {}
