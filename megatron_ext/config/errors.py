@@ -10,7 +10,23 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Base of every error that bad input causes; parts of the package derive their own from it."""
+    """Base of every error that bad input causes; parts of the package derive their own from it.
+
+    Attributes:
+        rank: the first rank that found it, where not all ranks did (parallel/agreement.py).
+    """
+
+    rank: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as a call of their class with `args`, which ours do not fit.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[UserError], args: tuple[Any, ...], attributes: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(UserError):

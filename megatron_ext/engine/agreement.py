@@ -1,49 +1,105 @@
-"""One error for all ranks: whatever one rank finds wrong, every rank hears of at once, and none is left waiting."""
+"""How a script ends when something is wrong: one line for all ranks, exit code 1 on every one of them.
+
+Errors that all ranks raise (parallel/agreement.py, and those that follow from the config alone) would otherwise be printed
+by each, under a traceback each; and of one that a single rank raises, the peers know only that a connection closed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from megatron_ext.config.errors import UserError
+from megatron_ext.parallel.agreement import agree, agreed
 
+__all__ = ["agree", "agreed", "user_errors_on_one_line"]
 
-def agree(error: Exception | None, group: ProcessGroup) -> None:
-    """Raises on all ranks if one of them met an error, so that none waits for a rank that has left.
-
-    Args:
-        error: what this rank met; None if all is well. A rank with an error raises its own.
-        group: a gloo group of all ranks.
-
-    Raises:
-        UserError: elsewhere, the message of the first rank that met one.
-    """
-    found: list[tuple[int, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, None if error is None else (dist.get_rank(), str(error)), group=group)
-    if error is not None:
-        raise error
-    for report in found:
-        if report is not None:
-            raise UserError(f"rank {report[0]}: {report[1]}")
+GATHERING = 3.0  # seconds that rank 0, which may hold the store, stays for the others to find out whether to print
+_SAID = "megatron_ext/said"
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "recvValue failed",
+         "remote process exited")
 
 
 @contextmanager
 def user_errors_on_one_line() -> Iterator[None]:
-    """For scripts: a `UserError` ends the process with exit code 1 and one line instead of a traceback per rank.
+    """For scripts, around everything after `init_distributed`: ends this process with exit code 1 after an error.
 
-    Errors that all ranks agreed on are printed by rank 0 alone. Peers that waited for a rank that has ended so fail in
-    their communication; the launcher ends them.
+    A `UserError` is printed as one line, by the first rank of those that raise it. A rank whose communication fails
+    because a peer has ended adds nothing to what that peer has printed. Other errors keep their traceback.
     """
     try:
         yield
     except UserError as error:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        if rank == 0 or not getattr(error, "agreed", True):
-            print(f"megatron_ext: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # a normal exit would wait for peers in the destructors of process groups
+        if _first_to_say(str(error)):
+            where = "" if error.rank is None else f"rank {error.rank}: "
+            print(f"megatron_ext: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _wait_for_others(str(error))
+        _leave()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST):
+            traceback.print_exc()
+        elif not _somebody_said():
+            print(f"megatron_ext: rank {dist.get_rank()}: a peer has ended: {str(error).splitlines()[0]}",
+                  file=sys.stderr, flush=True)
+        _leave()
+    except Exception:
+        traceback.print_exc()
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends the process now: a normal exit would wait for peers in the destructors of process groups."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _store() -> dist.Store | None:
+    if not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=GATHERING))
+    return store
+
+
+def _key(message: str) -> str:
+    return f"{_SAID}/{hashlib.sha256(message.encode()).hexdigest()}"
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether no other rank has this message; True if nobody can be asked: twice is better than never."""
+    store = _store()
+    if store is None:
+        return int(os.environ.get("RANK", 0)) == 0
+    try:
+        store.set(_SAID, "")
+        return store.add(_key(message), 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _wait_for_others(message: str) -> None:
+    store = _store()
+    if store is None or dist.get_rank() != 0:
+        return
+    end = time.monotonic() + GATHERING
+    with suppress(RuntimeError):  # the store is elsewhere, and gone
+        while time.monotonic() < end and store.add(_key(message), 0) < dist.get_world_size():
+            time.sleep(0.02)
+
+
+def _somebody_said() -> bool:
+    store = _store()
+    try:
+        return store is not None and store.check([_SAID])
+    except RuntimeError:
+        return False

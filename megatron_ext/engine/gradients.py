@@ -10,7 +10,8 @@ Letters: 2D data-parallel shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,17 @@ def hand_to_zero(parameters: Sequence[nn.Parameter], into_grad_accum: bool) -> N
             p.grad_accum = p.main_grad.detach()
         else:
             p.grad = p.main_grad.detach() if p.dtype == torch.float32 else p.main_grad.to(p.dtype)
+
+
+@contextmanager
+def none_left_by_an_error(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Drops gradients when the block raises: DeepSpeed reduces what is there even then, and peers would never join in."""
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = p.grad_accum = None
+        raise
 
 
 def reduce_without_zero(parameters: Sequence[nn.Parameter], groups: ProcessGroups) -> None:

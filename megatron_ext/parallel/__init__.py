@@ -1,8 +1,9 @@
 """Where every rank stands: topology (arithmetic), process groups, the `mpu` for DeepSpeed, the private folder of JIT builds."""
 
+from megatron_ext.parallel.agreement import agree, agreed
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 from megatron_ext.parallel.groups import ProcessGroups
 from megatron_ext.parallel.mpu import MirroredPipelineUnit
 from megatron_ext.parallel.topology import Topology
 
-__all__ = ["ExpertParallel", "MirroredPipelineUnit", "ProcessGroups", "Topology"]
+__all__ = ["ExpertParallel", "MirroredPipelineUnit", "ProcessGroups", "Topology", "agree", "agreed"]

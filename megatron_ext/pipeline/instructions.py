@@ -86,8 +86,8 @@ class Message(NamedTuple):
     """What travels between two ranks, named by the computation that makes it.
 
     Kind "F" is the activation that the forward of `stage` makes for `stage` + 1; kind "B" is the gradient that the
-    backward of `stage` makes for `stage` - 1. The ranks follow from the other fields, so a message is its own key (and a
-    tuple, which is cheap to look up).
+    backward of `stage` makes for `stage` - 1. The ranks follow from the other fields, so a message is its own key (and
+    a tuple, which is cheap to look up).
     """
 
     kind: Literal["F", "B"]

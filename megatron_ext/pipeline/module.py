@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext.config import ConfigError, MegatronExtConfig, check_sizes, load_config, parse_section
+from megatron_ext.config import ConfigError, check_deepspeed_config, check_sizes, load_config, parse_section
 from megatron_ext.layers.linear import Linear
-from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology
+from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.pipeline.partition import partition
 from megatron_ext.pipeline.random import RandomKey
 
@@ -75,7 +75,9 @@ class PipelineModule(nn.Module):
         if not dist.is_initialized():
             raise ConfigError("torch.distributed", "not initialised",
                               "the placement of a pipeline needs the ranks", "call deepspeed.init_distributed() first")
-        section = parse_section(load_config(config)) if config is not None else MegatronExtConfig()
+        ds_config = load_config(config) if config is not None else {}
+        section = parse_section(ds_config)
+        check_deepspeed_config(ds_config, section)  # now, for building a large model takes minutes
         self.schedule = _agree("schedule", schedule, section.pipeline.schedule if config is not None else None, "dualpipe")
         self.num_stages = _agree("stages", _stages_of(topology, num_stages), section.pipeline.stages, None)
         self.loss_fn = loss_fn
@@ -98,7 +100,8 @@ class PipelineModule(nn.Module):
         self.tied_groups_ranks: dict[str, list[list[int]]] = {}
         self._tied: dict[str, nn.Module] = {}
         self._layers: dict[int, list[_Layer]] = {}
-        self._build(specs, self.groups.expert_placement())
+        with agreed(self.groups.control):  # a layer that cannot be built is on some ranks only
+            self._build(specs, self.groups.expert_placement())
         self._mark_tied(specs)
         self.split_parameters = self._split_linears()
 

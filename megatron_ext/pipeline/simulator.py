@@ -84,9 +84,9 @@ def simulate(plan: Plan, times: Times | None = None) -> Result:
         for index in range(position[rank], len(order)):
             instruction = order[index]
             if isinstance(instruction, Transfer):
-                message, is_send = instruction.message, instruction.kind[0] == "S"
-                (sent if is_send else posted)[message] = now
-                if message in waiting and is_send:
+                message = instruction.message
+                (sent if instruction.kind[0] == "S" else posted)[message] = now
+                if message in waiting:
                     runnable.append(waiting.pop(message))
                 continue
             start = now
