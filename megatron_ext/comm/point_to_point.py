@@ -1,14 +1,17 @@
 """Messages between pipeline stages: tensors or tuples of tensors of any shape, posted early, waited for late, checked.
 
 A channel is a one-way stream of messages of one kind (activations "F", gradients "B", labels "L") in one direction of the
-pipeline from one rank to another. Messages of a channel arrive in the order they were sent; every schedule guarantees that
-(the verifier checks it), so a message needs no number of its own, but it carries its key and the receiver compares it.
+pipeline from one rank to another. The receiver is told beforehand which messages will come, in the order of sending; it
+may take them in another order (interleaved schedules do), and one that came too early waits for its turn.
 
 Each message is a header and a payload. The header (key, shapes, dtypes, which tensors want a gradient) travels between
 hosts over gloo, so that reading it never waits for a device. A receive for the payload is posted before the header is here,
 for the shapes of the channel's previous message; both sides know those. If the shapes turn out to have changed, the sender
 first feeds that receive with padding and sends the payload again, so a change of shape costs one message and needs no
 promise from the user. gloo itself accepts wrong shapes and dtypes silently, and aborts the process on longer ones.
+
+What is sent must stay alive until the peer has it, and gloo does not say when that is short of waiting. So every header
+also says how many messages its sender has received from the reader, channel by channel, and those are let go.
 
 gloo moves only CPU memory point to point; payloads on another device are staged through the CPU there, which is how tests
 put several ranks on one GPU.
@@ -17,8 +20,9 @@ put several ranks on one GPU.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,9 +32,9 @@ from torch.distributed import ProcessGroup
 from megatron_ext.config.errors import UserError
 
 HEADER_LENGTH = 256  # int64 words: 2 KB, enough for tuples of 30 tensors with 5 dimensions
-_FIXED = 8  # words before the tensors' own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
            torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+_AS_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)  # gloo does not know them
 _KINDS = ("F", "B", "L")
 
 
@@ -38,8 +42,7 @@ class MessageError(UserError):
     """A message between stages is not the one that the schedule expects, or cannot be sent."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """Which message: kind ("F", "B" or "L"), direction, the stage that made it, and the micro-batch."""
 
     kind: str
@@ -52,8 +55,7 @@ class Key:
         return f"{what} of direction {self.direction}, stage {self.stage}, micro-batch {self.micro_batch}"
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Shape, dtype and whether the receiver should send a gradient back."""
 
     shape: tuple[int, ...]
@@ -72,182 +74,241 @@ class Spec:
     def of(tensors: Sequence[Tensor], is_tuple: bool) -> Spec:
         return Spec(tuple(TensorSpec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors), is_tuple)
 
-
-def _write_header(key: Key, spec: Spec, changed: bool) -> Tensor:
-    words = [_KINDS.index(key.kind), key.direction, key.stage, key.micro_batch, int(changed), int(spec.is_tuple),
-             len(spec.tensors), 0]
-    for t in spec.tensors:
-        if t.dtype not in _DTYPES:
-            raise MessageError(f"{key}: tensors of dtype {t.dtype} cannot travel between stages")
-        words += [_DTYPES.index(t.dtype), int(t.requires_grad), len(t.shape), *t.shape]
-    if len(words) > HEADER_LENGTH:
-        raise MessageError(f"{key}: {len(spec.tensors)} tensors are too many for one message between stages "
-                           f"({len(words)} header words, at most {HEADER_LENGTH})")
-    return torch.tensor(words + [0] * (HEADER_LENGTH - len(words)), dtype=torch.int64)
+    def fits(self, other: Spec) -> bool:
+        """Whether buffers for `other` can take this payload."""
+        return [t[:2] for t in self.tensors] == [t[:2] for t in other.tensors]
 
 
-def _read_header(header: Tensor) -> tuple[Key, Spec, bool]:
-    words = header.tolist()
-    kind, direction, stage, micro_batch, changed, is_tuple, count, _ = words[:_FIXED]
-    at, tensors = _FIXED, []
-    for _ in range(count):
-        dtype, requires_grad, dims = words[at:at + 3]
-        tensors.append(TensorSpec(tuple(words[at + 3:at + 3 + dims]), _DTYPES[dtype], bool(requires_grad)))
-        at += 3 + dims
-    return Key(_KINDS[kind], direction, stage, micro_batch), Spec(tuple(tensors), bool(is_tuple)), bool(changed)
+@dataclass(frozen=True)
+class _Header:
+    """What goes before a payload.
+
+    Attributes:
+        padded: the layout is not that of the message before, and padding of that layout comes first.
+        received: how many messages the sender has had from the reader, per channel name.
+    """
+
+    key: Key
+    spec: Spec
+    padded: bool
+    received: tuple[int, ...]
+
+    def write(self) -> Tensor:
+        """[HEADER_LENGTH] int64."""
+        kind, *numbers = self.key
+        words = [_KINDS.index(kind), *numbers, int(self.padded), int(self.spec.is_tuple), len(self.spec.tensors),
+                 len(self.received), *self.received]
+        for t in self.spec.tensors:
+            if t.dtype not in _DTYPES:
+                raise MessageError(f"{self.key}: tensors of dtype {t.dtype} cannot travel between stages")
+            words += [_DTYPES.index(t.dtype), int(t.requires_grad), len(t.shape), *t.shape]
+        if len(words) > HEADER_LENGTH:
+            raise MessageError(f"{self.key}: {len(self.spec.tensors)} tensors are too many for one message between stages "
+                               f"({len(words)} header words, at most {HEADER_LENGTH})")
+        return torch.tensor(words + [0] * (HEADER_LENGTH - len(words)), dtype=torch.int64)
+
+    @staticmethod
+    def read(header: Tensor) -> _Header:
+        words = iter(header.tolist())
+
+        def take(count: int) -> list[int]:
+            return [next(words) for _ in range(count)]
+
+        kind, direction, stage, micro_batch, padded, is_tuple, count, channels = take(8)
+        received = tuple(take(channels))
+        tensors = []
+        for _ in range(count):
+            dtype, requires_grad, dims = take(3)
+            tensors.append(TensorSpec(tuple(take(dims)), _DTYPES[dtype], bool(requires_grad)))
+        return _Header(Key(_KINDS[kind], direction, stage, micro_batch), Spec(tuple(tensors), bool(is_tuple)),
+                       bool(padded), received)
 
 
-class _Channel:
-    """State of one one-way stream, on either end."""
+@dataclass(frozen=True)
+class _Line:
+    """How the two ends of a channel are connected. Only gloo reads tags: `tag` is the header's, the next the payload's."""
 
-    def __init__(self, peer: int, number: int, payload: ProcessGroup, control: ProcessGroup, device: torch.device):
-        self.peer, self.payload, self.control, self.device = peer, payload, control, device
-        self.tag = 2 * number  # header; payload is the next one. Only gloo reads tags.
-        self.staged = dist.get_backend(payload) == "gloo" and device.type != "cpu"
+    peer: int
+    tag: int
+    payload: ProcessGroup
+    control: ProcessGroup
+    device: torch.device
+
+    @property
+    def host(self) -> torch.device:
+        """Where payloads are while they travel."""
+        return torch.device("cpu") if dist.get_backend(self.payload) == "gloo" else self.device
+
+
+class _Outbox:
+    """The sending end of a channel."""
+
+    def __init__(self, line: _Line):
+        self.line = line
         self.previous: Spec | None = None
-        # Sending end: what is under way, kept alive until the peer has it.
-        self.under_way: deque[tuple[Key, list[dist.Work], list[Tensor]]] = deque()
-        # Receiving end.
-        self.expected: deque[Key] = deque()
-        self.header: Tensor | None = None
-        self.header_work: dist.Work | None = None
-        self.early: tuple[list[Tensor], list[dist.Work]] | None = None
+        self.under_way: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        self.arrived = 0
 
-    # -- sending
-
-    def _put(self, tensor: Tensor) -> tuple[dist.Work, Tensor]:
-        flat = tensor.detach().contiguous()
-        if flat.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            flat = flat.view(torch.uint8)
-        if self.staged:
-            flat = flat.cpu()
-        return dist.isend(flat, self.peer, group=self.payload, tag=self.tag + 1), flat
-
-    def send(self, key: Key, tensors: Sequence[Tensor], is_tuple: bool) -> None:
+    def send(self, key: Key, tensors: Sequence[Tensor], is_tuple: bool, received: tuple[int, ...]) -> None:
         spec = Spec.of(tensors, is_tuple)
-        changed = self.previous is not None and spec != self.previous
-        header = _write_header(key, spec, changed)
-        works, alive = [dist.isend(header, self.peer, group=self.control, tag=self.tag)], [header]
-        padding = [torch.zeros(t.shape, dtype=t.dtype, device=self.device)
-                   for t in self.previous.tensors] if changed and self.previous else []
+        padded = self.previous is not None and not spec.fits(self.previous)
+        header = _Header(key, spec, padded, received).write()
+        works = [dist.isend(header, self.line.peer, group=self.line.control, tag=self.line.tag)]
+        alive = [header]
+        padding = [torch.zeros(t.shape, dtype=t.dtype, device=self.line.host)
+                   for t in (self.previous.tensors if self.previous is not None and padded else ())]
         for tensor in (*padding, *tensors):
             if tensor.numel():
-                work, flat = self._put(tensor)
-                works.append(work)
+                flat = tensor.detach().contiguous().to(self.line.host)
+                flat = flat.view(torch.uint8) if flat.dtype in _AS_BYTES else flat
+                works.append(dist.isend(flat, self.line.peer, group=self.line.payload, tag=self.line.tag + 1))
                 alive.append(flat)
-        self.under_way.append((key, works, alive))
+        self.under_way.append((works, alive))
         self.previous = spec
 
-    def release(self, key: Key | None) -> None:
-        """Waits for the sends up to `key` (all if None) and lets their tensors go."""
+    def acknowledge(self, count: int) -> None:
+        """Lets go of the messages that the peer has, `count` since the beginning."""
+        while self.arrived < count:
+            self._let_go()
+
+    def finish(self) -> None:
         while self.under_way:
-            sent, works, _ = self.under_way.popleft()
-            for work in works:
-                work.wait()
-            if sent == key:
-                return
+            self._let_go()
 
-    # -- receiving
+    def _let_go(self) -> None:
+        works, _ = self.under_way.popleft()
+        for work in works:
+            work.wait()
+        self.arrived += 1
 
-    def _get(self, spec: Spec) -> tuple[list[Tensor], list[dist.Work]]:
-        tensors, works = [], []
-        for t in spec.tensors:
-            dtype = torch.uint8 if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else t.dtype
-            tensor = torch.empty(t.shape, dtype=dtype, device="cpu" if self.staged else self.device)
-            tensors.append(tensor)
-            if tensor.numel():
-                works.append(dist.irecv(tensor, self.peer, group=self.payload, tag=self.tag + 1))
-        return tensors, works
+
+class _Inbox:
+    """The receiving end of a channel."""
+
+    def __init__(self, line: _Line):
+        self.line = line
+        self.previous: Spec | None = None
+        self.expected: deque[Key] = deque()
+        self.header: tuple[Tensor, dist.Work] | None = None
+        self.posted: tuple[list[Tensor], list[dist.Work]] | None = None
+        self.early: dict[Key, tuple[list[Tensor], Spec]] = {}
+        self.received = 0
 
     def post(self) -> None:
         """Posts the receives of the next expected message, if there is one and they are not posted yet."""
-        if not self.expected or self.header is not None:
-            return
-        self.header = torch.empty(HEADER_LENGTH, dtype=torch.int64)
-        self.header_work = dist.irecv(self.header, self.peer, group=self.control, tag=self.tag)
-        self.early = None if self.previous is None else self._get(self.previous)
+        if self.expected and self.header is None:
+            header = torch.empty(HEADER_LENGTH, dtype=torch.int64)
+            self.header = header, dist.irecv(header, self.line.peer, group=self.line.control, tag=self.line.tag)
+            self.posted = None if self.previous is None else self._post_payload(self.previous)
 
-    def receive(self, key: Key) -> tuple[list[Tensor], Spec]:
-        self.post()
-        if not self.expected or self.expected[0] != key:
-            raise MessageError(f"rank {self.peer} was to send {key}, but the schedule has "
-                               f"{self.expected[0] if self.expected else 'no further message'} next")
-        assert self.header is not None and self.header_work is not None
-        self.header_work.wait()
-        found, spec, changed = _read_header(self.header)
-        if found != key:
-            raise MessageError(f"rank {self.peer} sent the {found} where this rank waits for the {key}: "
-                               "the two ranks run different schedules")
-        early, self.header, self.early = self.early, None, None
-        if early is not None:
-            for work in early[1]:
-                work.wait()
-        if early is None or changed:
-            early = self._get(spec)
-            for work in early[1]:
-                work.wait()
-        self.previous = spec
-        self.expected.popleft()
-        self.post()
-        return [self._landed(tensor, t) for tensor, t in zip(early[0], spec.tensors, strict=True)], spec
+    def _post_payload(self, spec: Spec) -> tuple[list[Tensor], list[dist.Work]]:
+        buffers = [torch.empty(t.shape, dtype=torch.uint8 if t.dtype in _AS_BYTES else t.dtype, device=self.line.host)
+                   for t in spec.tensors]
+        works = [dist.irecv(buffer, self.line.peer, group=self.line.payload, tag=self.line.tag + 1)
+                 for buffer in buffers if buffer.numel()]
+        return buffers, works
 
-    def _landed(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        tensor = tensor.to(self.device)
-        return tensor if tensor.dtype == spec.dtype else tensor.view(spec.dtype)
+    def land(self) -> _Header:
+        """Waits for the next expected message and puts it in `early`; posts the one after."""
+        self.post()
+        assert self.header is not None
+        self.header[1].wait()
+        header = _Header.read(self.header[0])
+        if header.key != self.expected[0]:
+            raise MessageError(f"rank {self.line.peer} sent the {header.key} where this rank waits for the "
+                               f"{self.expected[0]}: the two ranks run different schedules")
+        buffers, works = self.posted or self._post_payload(header.spec)
+        for work in works:
+            work.wait()
+        if header.padded:
+            buffers, works = self._post_payload(header.spec)
+            for work in works:
+                work.wait()
+        landed = [b.to(self.line.device) for b in buffers]
+        self.early[self.expected.popleft()] = [
+            b if b.dtype == t.dtype else b.view(t.dtype) for b, t in zip(landed, header.spec.tensors, strict=True)
+        ], header.spec
+        self.previous, self.header, self.posted = header.spec, None, None
+        self.received += 1
+        self.post()
+        return header
 
 
 class Messenger:
     """All channels of this rank.
 
     Args:
-        groups: payload group per channel name (kind and direction, "F0"); on gloo they may all be one.
+        groups: payload group per channel name (kind and direction, "F0"), in the same order on all ranks; on gloo they
+            may all be one.
         control: a gloo group over all ranks, for headers.
         device: where payloads live.
     """
 
-    def __init__(self, groups: dict[str, ProcessGroup], control: ProcessGroup, device: torch.device):
+    def __init__(self, groups: Mapping[str, ProcessGroup], control: ProcessGroup, device: torch.device):
         self.groups, self.control, self.device = groups, control, device
-        self._numbers = {name: i for i, name in enumerate(groups)}
-        self._channels: dict[tuple[bool, str, int], _Channel] = {}
+        self._outboxes: dict[tuple[str, int], _Outbox] = {}
+        self._inboxes: dict[tuple[str, int], _Inbox] = {}
 
-    def _channel(self, sending: bool, key: Key, peer: int) -> _Channel:
-        name = f"{key.kind}{key.direction}"
-        where = (sending, name, peer)
-        if where not in self._channels:
-            self._channels[where] = _Channel(peer, self._numbers[name], self.groups[name], self.control, self.device)
-        return self._channels[where]
+    def _line(self, name: str, peer: int) -> _Line:
+        return _Line(peer, 2 * list(self.groups).index(name), self.groups[name], self.control, self.device)
+
+    def _outbox(self, key: Key, peer: int) -> _Outbox:
+        where = (f"{key.kind}{key.direction}", peer)
+        if where not in self._outboxes:
+            self._outboxes[where] = _Outbox(self._line(*where))
+        return self._outboxes[where]
+
+    def _inbox(self, key: Key, peer: int) -> _Inbox:
+        where = (f"{key.kind}{key.direction}", peer)
+        if where not in self._inboxes:
+            self._inboxes[where] = _Inbox(self._line(*where))
+        return self._inboxes[where]
 
     def expect(self, messages: Sequence[tuple[Key, int]]) -> None:
-        """Announces the messages of a step as (key, source rank), in the order of each channel; posts the first ones."""
+        """Announces the messages of a step as (key, source rank), in the order of sending; posts the first ones."""
         for key, source in messages:
-            self._channel(False, key, source).expected.append(key)
-        for (sending, _, _), channel in self._channels.items():
-            if not sending:
-                channel.post()
+            self._inbox(key, source).expected.append(key)
+        for inbox in self._inboxes.values():
+            inbox.post()
 
     def send(self, key: Key, destination: int, value: Tensor | tuple[Tensor, ...]) -> None:
-        """Starts sending; returns at once. The tensors must not be written to until `release`."""
+        """Starts sending; returns at once. The tensors must not be written to before `finish`.
+
+        Raises:
+            MessageError: the value is not a tensor or a tuple of some tensors, or of a dtype that cannot be sent.
+        """
         tensors = value if isinstance(value, tuple) else (value,)
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a tuple "
                                    "of tensors")
-        self._channel(True, key, destination).send(key, tensors, isinstance(value, tuple))
+        received = tuple(inbox.received if (inbox := self._inboxes.get((name, destination))) else 0
+                         for name in self.groups)
+        self._outbox(key, destination).send(key, tensors, isinstance(value, tuple), received)
 
     def receive(self, key: Key, source: int) -> tuple[list[Tensor], Spec]:
         """Waits for a message; returns its tensors (leaves without gradient) and what the sender said of them.
 
         Raises:
-            MessageError: if the peer sent something else.
+            MessageError: the message was not announced, or the peer sent something else.
         """
-        return self._channel(False, key, source).receive(key)
+        inbox = self._inbox(key, source)
+        while key not in inbox.early:
+            if key not in inbox.expected:
+                raise MessageError(f"rank {source} was to send the {key}, but the schedule has "
+                                   + (f"the {inbox.expected[0]}" if inbox.expected else "no further message") + " next")
+            header = inbox.land()
+            for name, count in zip(self.groups, header.received, strict=True):
+                if (name, source) in self._outboxes:
+                    self._outboxes[name, source].acknowledge(count)
+        return inbox.early.pop(key)
 
-    def release(self, key: Key, destination: int) -> None:
-        """Lets go of a sent message (and those before it in its channel) that the peer is known to have."""
-        self._channel(True, key, destination).release(key)
+    @property
+    def under_way(self) -> int:
+        """Messages sent and kept, because the peer is not known to have them."""
+        return sum(len(outbox.under_way) for outbox in self._outboxes.values())
 
     def finish(self) -> None:
         """Waits until every message sent has arrived."""
-        for (sending, _, _), channel in self._channels.items():
-            if sending:
-                channel.release(None)
+        for outbox in self._outboxes.values():
+            outbox.finish()

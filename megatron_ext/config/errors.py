@@ -13,9 +13,11 @@ class UserError(ValueError):
     """Base of every error that bad input causes; parts of the package derive their own from it.
 
     Attributes:
-        rank: the first rank that found it, where not all ranks did (parallel/agreement.py).
+        agreed: all ranks raise it (parallel/agreement.py).
+        rank: then, the first rank that found it, unless all did.
     """
 
+    agreed = False
     rank: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """How a script ends when something is wrong: one line for all ranks, exit code 1 on every one of them.
 
-Errors that all ranks raise (parallel/agreement.py, and those that follow from the config alone) would otherwise be printed
-by each, under a traceback each; and of one that a single rank raises, the peers know only that a connection closed.
+Errors that all ranks raise (parallel/agreement.py, and those that follow from the config alone) would otherwise be
+printed by each, under a traceback each; of one that a single rank raises, the peers know only that a connection closed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_ext.config.errors import UserError
+from megatron_ext.config.errors import ConfigError, UserError
 from megatron_ext.parallel.agreement import agree, agreed
 
 __all__ = ["agree", "agreed", "user_errors_on_one_line"]
@@ -40,20 +40,31 @@ def user_errors_on_one_line() -> Iterator[None]:
         yield
     except UserError as error:
         if _first_to_say(str(error)):
-            where = "" if error.rank is None else f"rank {error.rank}: "
-            print(f"megatron_ext: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            _say(f"{_finder(error)}{type(error).__name__}: {error}")
         _wait_for_others(str(error))
         _leave()
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _LOST):
-            traceback.print_exc()
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)):
+            _first_to_say(repr(error))
+            _say(f"rank {_rank()} failed\n{traceback.format_exc()}")
         elif not _somebody_said():
-            print(f"megatron_ext: rank {dist.get_rank()}: a peer has ended: {str(error).splitlines()[0]}",
-                  file=sys.stderr, flush=True)
+            _say(f"rank {_rank()}: the connection to a peer closed; that rank's own message says why, if it left one")
         _leave()
-    except Exception:
-        traceback.print_exc()
-        _leave()
+
+
+def _say(text: str) -> None:
+    print(f"megatron_ext: {text}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def _finder(error: UserError) -> str:
+    """Which rank found it, if it was not all of them. What follows from the config follows on every rank."""
+    if error.agreed or isinstance(error, ConfigError):
+        return "" if error.rank is None else f"rank {error.rank}: "
+    return f"rank {_rank()}: "
 
 
 def _leave() -> NoReturn:
@@ -79,7 +90,7 @@ def _first_to_say(message: str) -> bool:
     """Whether no other rank has this message; True if nobody can be asked: twice is better than never."""
     store = _store()
     if store is None:
-        return int(os.environ.get("RANK", 0)) == 0
+        return _rank() == 0
     try:
         store.set(_SAID, "")
         return store.add(_key(message), 1) == 1

@@ -223,7 +223,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         self.weights.begin()
         zero = bool(self.zero_optimization())
         try:
-            with self.coalesce_grad_reduction() if zero else contextlib.nullcontext():
+            with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
+                  gradients.none_left_by_an_error(self.weights.parameters)):
                 self.timers("pipeline").start()
                 outcome = self.executor.run(plan, self._batches(), self.global_steps, record=self._record)
                 self.timers("pipeline").stop()

@@ -64,7 +64,7 @@ def hand_to_zero(parameters: Sequence[nn.Parameter], into_grad_accum: bool) -> N
 
 @contextmanager
 def none_left_by_an_error(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Drops gradients when the block raises: DeepSpeed reduces what is there even then, and peers would never join in."""
+    """Drops gradients when the block raises: DeepSpeed reduces what it finds even then, and peers would not join in."""
     try:
         yield
     except BaseException:

@@ -1,7 +1,7 @@
-"""`megatron_ext.initialize`: the signature and the result of `deepspeed.initialize`, for a `megatron_ext.PipelineModule`.
+"""`megatron_ext.initialize`: signature and result of `deepspeed.initialize`, for a `megatron_ext.PipelineModule`.
 
-DeepSpeed has no registry of engines; its `initialize` looks up `deepspeed.DeepSpeedEngine` by name. Ours is put there for the
-time of the call, so that everything else that `initialize` does stays DeepSpeed's.
+DeepSpeed has no registry of engines; its `initialize` looks up `deepspeed.DeepSpeedEngine` by name. Ours is put there
+for the time of the call, so that everything else that `initialize` does stays DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megatron_ext.config import (ConfigError, MegatronExtConfig, UserError, check_deepspeed_config, load_config,
-                                 parse_section, resolve_batch)
+from megatron_ext.config import ConfigError, MegatronExtConfig, check_deepspeed_config, load_config, parse_section
+from megatron_ext.config.rules import resolve_batch
 from megatron_ext.engine import private
-from megatron_ext.engine.agreement import agree
 from megatron_ext.engine.engine import PipelineEngine
 from megatron_ext.layers.router import Router
-from megatron_ext.parallel import MirroredPipelineUnit
+from megatron_ext.parallel import MirroredPipelineUnit, agreed
 from megatron_ext.parallel.extensions import announce_build, check_stale_locks
 from megatron_ext.pipeline.module import PipelineModule
 
@@ -42,7 +41,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         engine, optimizer, training data loader (None without training data), learning-rate scheduler.
 
     Raises:
-        ConfigError: on every rank, for the first rule that the config breaks.
+        ConfigError: on every rank, for the first rule that the config breaks; a DeepSpeed that is not 0.19.*.
     """
     if config is None:
         config = config_params if config_params is not None else getattr(args, "deepspeed_config", None)
@@ -51,21 +50,17 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
                                     training_data=training_data, lr_scheduler=lr_scheduler,
                                     distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
                                     collate_fn=collate_fn, config=config, mesh_param=mesh_param)
-    if mpu is not None:
-        raise ConfigError("mpu", type(mpu).__name__, "PipelineModule brings its own", "leave the argument out")
-    if config is None:
-        raise ConfigError("config", None, "a ds_config is needed", "pass config= or --deepspeed_config")
-    ds_config, error = None, None
-    try:
+    with agreed(model.groups.control):
+        private.check_version()
+        if mpu is not None:
+            raise ConfigError("mpu", type(mpu).__name__, "PipelineModule brings its own", "leave the argument out")
+        if config is None:
+            raise ConfigError("config", None, "a ds_config is needed", "pass config= or --deepspeed_config")
         ds_config = load_config(config)
         section = parse_section(ds_config)
         check_deepspeed_config(ds_config, section)
         resolve_batch(ds_config, model.topology.data_parallel_size)
         _check_placement(section, model)
-    except UserError as found:
-        error = found
-    agree(error, model.groups.control)
-    assert ds_config is not None
     groups = model.groups
     private.register_expert_groups(f"ep_size_{groups.topology.expert_parallel}", groups.expert_parallel,
                                    groups.expert_parallel_ranks, groups.expert_data_parallel,

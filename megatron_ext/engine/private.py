@@ -3,7 +3,8 @@
 Public and used elsewhere: `deepspeed.initialize`, `init_distributed`, `DeepSpeedEngine` as a base class,
 `coalesce_grad_reduction`, `set_gradient_accumulation_boundary`, the `mpu` protocol, `deepspeed.pipe` specs.
 
-`missing()` says what a new version of DeepSpeed took away; tests/engine/test_private.py calls it, and so does `doctor`.
+`missing()` says what a new version of DeepSpeed took away; tests/engine/test_private.py calls it, and `check_version`
+does on versions that nobody has tried.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
+from megatron_ext.config.errors import ConfigError
+
+CHECKED = "0.19.8"
 SUPPORTED = "0.19"
 
 ENGINE_METHODS = {
@@ -50,14 +54,31 @@ ZERO_SOURCES = {
     "bit16_groups": "the parameter groups",
     "update_lp_params": "copies the FP32 master weights to the model after a load",
     "single_partition_of_fp32_groups": "this rank's shard of the master weights",
+    "_hp_optimizer_states_linked": "reset after a load",
+    "_lazy_init_hp_params_optimizer_state": "links the parameters to the loaded optimizer state",
 }
 GROUP_TABLES = ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
                 "_EXPERT_DATA_PARALLEL_GROUP_RANKS")
 
 
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Refuses a DeepSpeed whose inside nobody has compared with ours: it might train on wrong gradients in silence.
+
+    Raises:
+        ConfigError: not 0.19.*, or one of these without a name that is needed.
+    """
+    if not version.startswith(SUPPORTED + "."):
+        raise ConfigError("deepspeed", version, f"this version of megatron_ext works with DeepSpeed {SUPPORTED}.*",
+                          f'pip install "deepspeed=={SUPPORTED}.*"')
+    lost = [] if version == CHECKED else missing()
+    if lost:
+        raise ConfigError("deepspeed", version, f"lacks {lost[0]}", f'pip install "deepspeed=={CHECKED}"')
+
+
 def missing() -> list[str]:
     """Private names that this DeepSpeed does not have, each with what it is for; empty if all is well."""
-    lost = [f"DeepSpeedEngine.{name}: {why}" for name, why in ENGINE_METHODS.items() if not hasattr(DeepSpeedEngine, name)]
+    lost = [f"DeepSpeedEngine.{name}: {why}" for name, why in ENGINE_METHODS.items()
+            if not hasattr(DeepSpeedEngine, name)]
     source = inspect.getsource(DeepSpeedEngine)
     lost += [f"DeepSpeedEngine().{name}: {why}" for name, why in ENGINE_SOURCES.items() if f"self.{name}" not in source]
     source = inspect.getsource(DeepSpeedZeroOptimizer)
@@ -69,7 +90,14 @@ def missing() -> list[str]:
     return lost
 
 
-def register_expert_groups(name: str, parallel: Any, parallel_ranks: list[int], data: Any, data_ranks: list[int]) -> None:
+def register_expert_groups(name: str, parallel: Any, parallel_ranks: list[int], data: Any,
+                           data_ranks: list[int]) -> None:
     """Makes DeepSpeed use our expert groups: it creates its own, for another layout, only where the name is unknown."""
     for table, value in zip(GROUP_TABLES, (parallel, parallel_ranks, data, data_ranks), strict=True):
         getattr(groups, table)[name] = value
+
+
+def relink_optimizer_state(optimizer: Any) -> None:
+    """Points DeepSpeed's per-parameter views of the optimizer state at the tensors that a load has put in place."""
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()

@@ -39,6 +39,7 @@ def agree(error: UserError | None, group: ProcessGroup) -> None:
         shared = error  # with the traceback of this rank
     if any(other is None or str(other) != str(shared) for other in found):
         shared.rank = first
+    shared.agreed = True
     raise shared
 
 
