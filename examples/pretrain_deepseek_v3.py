@@ -134,7 +134,7 @@ def main() -> None:
         except megatron_ext.UserError as found:
             error = found
         agree(error, model.groups.control)
-        engine, _, loader, _ = megatron_ext.initialize(model=model, training_data=training, config=config)
+        engine, *_ = megatron_ext.initialize(model=model, training_data=training, config=config)
         if args.resume:
             engine.load_checkpoint(str(args.out / "checkpoint"))
         train(args, config, engine, held_out)

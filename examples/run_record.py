@@ -190,15 +190,16 @@ class RunRecord:
         if len(losses) >= 2 * SMOOTHING:
             kernel = torch.ones(1, 1, SMOOTHING) / SMOOTHING
             smooth = torch.nn.functional.conv1d(torch.tensor(losses).view(1, 1, -1), kernel).flatten().tolist()
-            axes.plot(steps[SMOOTHING - 1:], smooth, color="#2f6db3", linewidth=1.8, label=f"mean of {SMOOTHING}")
+            middle = steps[SMOOTHING // 2:][:len(smooth)]
+            axes.plot(middle, smooth, color="#2f6db3", linewidth=1.8, label=f"mean of {SMOOTHING} around it")
         steps, losses = self._points("held_out_loss")
         if losses:
             axes.plot(steps, losses, "o-", color="#d9682b", markersize=4, linewidth=1.5, label="held out")
             for k in {0, len(losses) - 1}:
-                axes.annotate(f"{losses[k]:.2f}", (steps[k], losses[k]), (0, -13 if k else 7), ha="center",
-                              textcoords="offset points", color="#d9682b")
+                axes.annotate(f"{losses[k]:.2f}", (steps[k], losses[k]), (7, -3), textcoords="offset points",
+                              color="#d9682b")
         axes.set(xlabel="step", ylabel=f"loss [nats per {self.unit}]", title="Loss")
-        axes.margins(x=0.03, y=0.08)
+        axes.margins(x=0.06)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         return self._save(figure, "loss.png")

@@ -193,7 +193,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
                                   "its CRC-32 does not match")
 
 
-def check_tensors(folder: Path, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+def check_tensors(folder: Path, saved: dict[str, str], ours: dict[str, str]) -> None:
     """Compares names and shapes of the saved model with those of the one that is to load it.
 
     Raises:

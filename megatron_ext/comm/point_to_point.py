@@ -1,20 +1,21 @@
 """Messages between pipeline stages: tensors or tuples of tensors of any shape, posted early, waited for late, checked.
 
-A channel is a one-way stream of messages of one kind (activations "F", gradients "B", labels "L") in one direction of the
-pipeline from one rank to another. The receiver is told beforehand which messages will come, in the order of sending; it
-may take them in another order (interleaved schedules do), and one that came too early waits for its turn.
+A channel is a one-way stream of messages of one kind (activations "F", gradients "B", labels "L") in one direction of
+the pipeline from one rank to another. The receiver is told beforehand which messages will come, in the order of
+sending; it may take them in another order (interleaved schedules do), and one that came too early waits for its turn.
 
-Each message is a header and a payload. The header (key, shapes, dtypes, which tensors want a gradient) travels between
-hosts over gloo, so that reading it never waits for a device. A receive for the payload is posted before the header is here,
-for the shapes of the channel's previous message; both sides know those. If the shapes turn out to have changed, the sender
-first feeds that receive with padding and sends the payload again, so a change of shape costs one message and needs no
-promise from the user. gloo itself accepts wrong shapes and dtypes silently, and aborts the process on longer ones.
+Each message is a header and a payload. The header (key, shapes, dtypes, which tensors want a gradient) travels
+between hosts over gloo, so that reading it never waits for a device. A receive for the payload is posted before the
+header is here, for the shapes of the channel's previous message; both sides know those. If the shapes turn out to
+have changed, the sender first feeds that receive with padding and sends the payload again, so a change of shape costs
+one message and needs no promise from the user. gloo itself accepts wrong shapes and dtypes silently, and aborts the
+process on longer ones.
 
 What is sent must stay alive until the peer has it, and gloo does not say when that is short of waiting. So every header
 also says how many messages its sender has received from the reader, channel by channel, and those are let go.
 
-gloo moves only CPU memory point to point; payloads on another device are staged through the CPU there, which is how tests
-put several ranks on one GPU.
+gloo moves only CPU memory point to point; payloads on another device are staged through the CPU there, which is how
+tests put several ranks on one GPU.
 """
 
 from __future__ import annotations

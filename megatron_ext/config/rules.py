@@ -1,8 +1,8 @@
-"""Rules that no single key can state: between our section and DeepSpeed's, and between both and the number of ranks.
+"""Rules that no single key can state: between our section and DeepSpeed's, and between the batch sizes.
 
 Nothing here needs a process group or DeepSpeed, so a job that cannot work ends before anything slow has started, on all
 ranks with the same message. A section of DeepSpeed keeps DeepSpeed's meaning; what is refused is what our engine would
-otherwise ignore in silence. Letters: P pipeline ranks, D replicas of the pipeline, E routed experts.
+otherwise ignore in silence. Letters: D replicas of the pipeline.
 """
 
 from __future__ import annotations
@@ -66,31 +66,6 @@ def _parse(text: str, path: Path, unique: Callable[[list[tuple[str, Any]]], dict
         except hjson.HjsonDecodeError:
             raise ConfigError("config", str(path),
                               f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-
-
-def check_sizes(world_size: int, stages: int, expert_parallel: int, num_layers: int,
-                num_experts: int | None = None) -> None:
-    """Whether P pipeline ranks and an expert-parallel size fit the ranks of the job and the model.
-
-    Raises:
-        ConfigError: P is odd, does not divide `world_size` or exceeds the number of layers; `expert_parallel` does not
-            divide D or E.
-    """
-    key = "megatron_ext.pipeline.stages"
-    if stages < 2 or stages % 2:
-        raise ConfigError(key, stages, "a bidirectional pipeline needs an even number of ranks, at least 2")
-    if world_size % stages:
-        raise ConfigError(key, stages, f"must divide the {world_size} ranks of this job: "
-                          f"{world_size} = {stages} x {world_size // stages} + {world_size % stages}")
-    if num_layers < stages:
-        raise ConfigError(key, stages, f"must not exceed the {num_layers} layers of the model: a stage would be empty")
-    key, replicas = "megatron_ext.expert_parallel.size", world_size // stages
-    if expert_parallel < 1 or replicas % expert_parallel:
-        raise ConfigError(key, expert_parallel, "must divide the number of replicas of the pipeline, "
-                          f"{world_size} ranks / {stages} stages = {replicas}",
-                          "mirrored ranks run different stages at the same moment and cannot share an expert group")
-    if num_experts is not None and num_experts % expert_parallel:
-        raise ConfigError(key, expert_parallel, f"must divide the {num_experts} routed experts of the model")
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,12 @@ class CheckpointMixin:
         return {"stages": grid.stages, "replicas": grid.replicas, "expert_parallel": grid.expert_parallel,
                 "bounds": self.module.bounds}
 
-    def _tensors(self, exclude_frozen: bool = False) -> dict[str, list[int]]:
+    def _tensors(self, exclude_frozen: bool = False) -> dict[str, str]:
         """Names and shapes of the whole model, stacked experts with all of theirs; collective."""
         mine = {}
         for name, value in self.module.state_dict(keep_vars=True).items():
             if not (exclude_frozen and isinstance(value, torch.nn.Parameter) and not value.requires_grad):
-                mine[name] = [value.num_experts, *value.shape[1:]] if is_expert(value) else list(value.shape)
+                mine[name] = str([value.num_experts, *value.shape[1:]] if is_expert(value) else list(value.shape))
         parts = _gather(mine, self.process_groups.control)
         return {name: shape for part in parts for name, shape in part.items()}
 

@@ -79,8 +79,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         section: MegatronExtConfig = self.section
         model = self.module
         groups = self.process_groups
-        self.weights = WeightGradients(model.parameters())
-        self.weights.note_hooks(hooked)
+        self.weights = WeightGradients(model.parameters(), hooked)
         self.routers: dict[str, Router] = {n: m for n, m in model.named_modules() if isinstance(m, Router)}
         self.weight_cache = WeightCache()
         precision = Precision(fp8=section.fp8.enabled, dispatch_dtype=section.expert_parallel.dispatch_dtype or "model",
@@ -88,7 +87,6 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
                               weights=self.weight_cache)
         for layer in model.children_with("set_precision"):
             layer.set_precision(precision)
-        self._synchronize_tied()
         if isinstance(self.optimizer, PipelineZeroOptimizer):
             counts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(counts, len(self.optimizer.bit16_groups), group=groups.control)
@@ -104,20 +102,22 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         self.timeline: Timeline | None = None
         self.metrics: dict[str, Any] = {}
         self.expert_counts: dict[str, Tensor] = {}
-        self._log_split()
+        self._split_told = False
 
-    def _log_split(self) -> None:
-        whole = sorted({name for name, split in self.module.split_parameters.items() if not split
-                        and dict(self.module.named_parameters())[name].dim() > 1})
+    def _tell_split(self) -> None:
+        """Says once, when a step has shown it, whose weight gradient the schedule cannot take apart."""
+        self._split_told = True
+        names = {p: name for name, p in self.module.named_parameters()}
+        whole = sorted(names[p] for p in self.weights.whole if p.dim() > 1)
         deepspeed.utils.log_dist(
             f"pipeline rank {self.module.stage_rank} runs stages {self.module.stages} of {self.module.num_stages}; "
             + ("every weight matrix takes its gradient apart (W)" if not whole else
-               f"their full backward runs with the input gradient for {len(whole)} of "
-               f"{len(self.module.split_parameters)} parameters: {', '.join(whole[:4])}"
-               + (" ..." if len(whole) > 4 else "")), ranks=[0])
+               f"the gradient of {len(whole)} of {sum(p.dim() > 1 for p in names)} weight matrices comes with the "
+               f"input's (I): {', '.join(whole[:4])}" + (" ..." if len(whole) > 4 else "")), ranks=[0])
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
+        self._synchronize_tied()  # now, for the optimizer is about to copy the weights
         experts = [p for p in model.parameters() if gradients.is_expert(p)]
         if experts:  # DeepSpeed sets this only for its own MoE classes
             self.has_moe_layers = True
@@ -133,7 +133,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
                 if groups.rank in ranks:
                     parameters = self.module.tied_parameters(key)
                     for p in parameters:
-                        dist.broadcast(p.data, src=ranks[0], group=group)
+                        dist.broadcast(p.data, src=ranks[0], group=group)  # the owner
                     self._tied_groups.append((parameters, group))
 
     def deepspeed_io(self, dataset: Any, batch_size: int | None = None, route: str = "train", pin_memory: bool = True,
@@ -222,25 +222,24 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         plan = self.plan()
         self.weights.begin()
         zero = bool(self.zero_optimization())
-        try:
-            with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
-                  gradients.none_left_by_an_error(self.weights.parameters)):
-                self.timers("pipeline").start()
-                outcome = self.executor.run(plan, self._batches(), self.global_steps, record=self._record)
-                self.timers("pipeline").stop()
-                self.timers("reduce_gradients").start()
-                self._sum_tied()
-                if zero:
-                    gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
-            applied = self._step_with_zero() if zero else self._step_without_zero()
-        finally:
-            self.weights.end()
+        with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
+              gradients.none_left_by_an_error(self.weights.parameters)):
+            self.timers("pipeline").start()
+            outcome = self.executor.run(plan, self._batches(), self.global_steps, record=self._record)
+            self.timers("pipeline").stop()
+            self.timers("reduce_gradients").start()
+            self._sum_tied()
+            if zero:
+                gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
+        applied = self._step_with_zero() if zero else self._step_without_zero()
         self._balance(applied)
         loss = self._mean_loss(outcome.losses)
         self.tput_timer.stop(global_step=True)
         self.timers("train_batch").stop()
         if self._record:
             self._gather_timeline(plan, outcome.spans)
+        if not self._split_told:
+            self._tell_split()
         self._report(loss)
         return loss
 

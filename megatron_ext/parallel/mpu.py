@@ -1,9 +1,9 @@
 """The model-parallel unit through which DeepSpeed learns that mirrored ranks are data-parallel replicas.
 
-DeepSpeed asks an `mpu` for its data-parallel group (ZeRO shards over it), its model-parallel group (gradient norms and
-overflow are summed over it) and a model-parallel rank (it names checkpoint files). With the data-parallel group of size 2D
-and the P/2 pairs as model-parallel ranks, stock ZeRO-1/2, clipping, offload and universal checkpoints are right as they are.
-Method names are DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
+DeepSpeed asks an `mpu` for its data-parallel group (ZeRO shards over it), its model-parallel group (gradient norms
+and overflow are summed over it) and a model-parallel rank (it names checkpoint files). With the data-parallel group
+of size 2D and the P/2 pairs as model-parallel ranks, stock ZeRO-1/2, clipping, offload and universal checkpoints are
+right as they are. Method names are DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
 """
 
 from __future__ import annotations

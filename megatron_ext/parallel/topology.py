@@ -1,11 +1,13 @@
 """The grid of ranks, as arithmetic (DeepSeek-V3 report, sections 3.2 and 3.2.1).
 
-Letters: P pipeline ranks, D replicas of the pipeline, N ranks of an expert-parallel group; rank = stage_rank * D + replica,
-DeepSpeed's own order with the pipeline outermost, so a block of expert-parallel ranks is contiguous and lies in a node.
+Letters: P pipeline ranks, D replicas of the pipeline, N ranks of an expert-parallel group; rank = stage_rank * D +
+replica, DeepSpeed's own order with the pipeline outermost, so a block of expert-parallel ranks is contiguous and lies
+in a node.
 
-Under a bidirectional schedule the pipeline ranks i and P-1-i hold the same two stages. They are replicas of each other:
-their data-parallel group has 2D ranks, and everything that DeepSpeed shards over data parallelism is shared by the pair.
-For DeepSpeed the "model-parallel" ranks are then the P/2 pairs, for together they hold every parameter exactly once.
+Under a bidirectional schedule the pipeline ranks i and P-1-i hold the same two stages. They are replicas of each
+other: their data-parallel group has 2D ranks, and everything that DeepSpeed shards over data parallelism is shared by
+the pair. For DeepSpeed the "model-parallel" ranks are then the P/2 pairs, for together they hold every parameter
+exactly once.
 """
 
 from __future__ import annotations
@@ -24,23 +26,16 @@ class Topology:
     expert_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if self.stages < 2 or self.stages % 2:
-            raise ConfigError("megatron_ext.pipeline.stages", self.stages,
-                              "a bidirectional pipeline needs an even number of ranks, at least 2")
-        if self.expert_parallel < 1 or self.replicas % self.expert_parallel:
-            raise ConfigError("megatron_ext.expert_parallel.size", self.expert_parallel,
-                              f"must divide the {self.replicas} replicas of the pipeline",
-                              "mirrored ranks run different stages at the same moment and cannot share an expert group")
+        check_sizes(self.world_size, self.stages, self.expert_parallel)
 
     @staticmethod
     def of_world(world_size: int, stages: int, expert_parallel: int = 1) -> Topology:
         """The topology that fills `world_size` ranks.
 
         Raises:
-            ConfigError: if P does not divide the world, P is odd, or N does not divide D.
+            ConfigError: P is odd or does not divide the world, or N does not divide D.
         """
-        if stages < 1 or world_size % stages:
-            raise ConfigError("megatron_ext.pipeline.stages", stages, f"must divide the {world_size} ranks of this job")
+        check_sizes(world_size, stages, expert_parallel)
         return Topology(stages, world_size // stages, expert_parallel)
 
     @property
@@ -70,8 +65,11 @@ class Topology:
 
     def pair(self, rank: int) -> int:
         """0..P/2-1, the mirrored pair whose parameters `rank` holds."""
-        i = self.stage_rank(rank)
-        return min(i, self.stages - 1 - i)
+        return self.pair_of_stage(self.stage_rank(rank))
+
+    def pair_of_stage(self, stage: int) -> int:
+        """0..P/2-1, the mirrored pair that holds the parameters of `stage`."""
+        return min(stage, self.stages - 1 - stage)
 
     def shard(self, direction: int, replica: int) -> int:
         """0..2D-1, the data shard that `direction` of `replica` reads: the data-parallel rank of its first stage."""
@@ -107,10 +105,31 @@ class Topology:
         """Ranks that sum the gradients of a parameter used by several `stages`, if those lie on more than one pair.
 
         One group per replica and half of the pipeline: the data-parallel sum over the two halves then counts every use
-        once. Empty if one pair holds all the uses, for then autograd has summed them already.
+        once. The first rank of a group is of the pair with the first use, which owns the parameter. Empty if one pair
+        holds all the uses, for then autograd has summed them already.
         """
-        pairs = sorted({min(s, self.stages - 1 - s) for s in stages})
+        pairs = list(dict.fromkeys(self.pair_of_stage(s) for s in stages))
         if len(pairs) == 1:
             return []
-        mirrored = [self.stages - 1 - p for p in reversed(pairs)]
+        mirrored = [self.stages - 1 - p for p in pairs]
         return [[self.rank_of(i, d) for i in half] for d in range(self.replicas) for half in (pairs, mirrored)]
+
+
+def check_sizes(world_size: int, stages: int, expert_parallel: int) -> None:
+    """Whether P pipeline ranks and expert-parallel groups of N fit the ranks of the job.
+
+    Raises:
+        ConfigError: P is odd or does not divide `world_size`, or N does not divide D.
+    """
+    key = "megatron_ext.pipeline.stages"
+    if stages < 2 or stages % 2:
+        raise ConfigError(key, stages, "a bidirectional pipeline needs an even number of ranks, at least 2")
+    if world_size % stages:
+        raise ConfigError(key, stages, f"must divide the {world_size} ranks of this job: "
+                          f"{world_size} = {stages} x {world_size // stages} + {world_size % stages}")
+    replicas = world_size // stages
+    if expert_parallel < 1 or replicas % expert_parallel:
+        raise ConfigError("megatron_ext.expert_parallel.size", expert_parallel,
+                          "must divide the number of replicas of the pipeline, "
+                          f"{world_size} ranks / {stages} stages = {replicas}",
+                          "mirrored ranks run different stages at the same moment and cannot share an expert group")

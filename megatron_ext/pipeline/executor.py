@@ -1,10 +1,10 @@
 """Runs a plan on this rank: the instructions of a schedule become computations and messages.
 
-The executor knows nothing of any schedule. It walks the rank's list; a computation waits for the messages it needs and
-nothing else, a send starts right after the computation that made its data, and receives are posted ahead by the messenger.
-An activation lives from its forward to its input-grad: what is kept of a stage's output is the edge into its graph, so the
-output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients wait in a queue of operands
-(weight_gradients.py) until their W.
+The executor knows nothing of any schedule. It walks the rank's list; a computation waits for the messages it needs
+and nothing else, a send starts right after the computation that made its data, and receives are posted ahead by the
+messenger. An activation lives from its forward to its input-grad: what is kept of a stage's output is the edge into
+its graph, so the output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients wait in a
+queue of operands (weight_gradients.py) until their W.
 
 A forward-backward pair is one instruction; here its two halves run one after the other.
 """
@@ -111,6 +111,7 @@ class Executor:
         finally:
             self.set_counting(False)
         assert not run.held, f"activations left over: {sorted(run.held)}"
+        assert not self.weights.waiting, f"weight gradients left over: {self.weights.waiting}"
         return run.outcome
 
 
@@ -140,8 +141,7 @@ class _Run:
         keys = []
         for instruction in self.plan.instructions[self.rank]:
             if isinstance(instruction, Transfer) and instruction.kind[0] == "R":
-                m = instruction.message
-                keys.append((Key(m.kind, m.direction, m.stage, m.micro_batch), self._peer(m.source)))
+                keys.append((Key(*instruction.message[:4]), self._peer(instruction.message.source)))
         for direction, ranks in enumerate(self.plan.placement):
             if ranks[-1] == self.rank and ranks[0] != self.rank and self.needs_labels:
                 keys += [(Key("L", direction, 0, k), self._peer(ranks[0]))
@@ -152,12 +152,7 @@ class _Run:
         if instruction.kind[0] == "R":
             return  # posted by the messenger as soon as the message before it in the channel is here
         m = instruction.message
-        self.x.messenger.send(Key(m.kind, m.direction, m.stage, m.micro_batch), self._peer(m.destination),
-                              self.outgoing.pop(m))
-
-    def _receive(self, message: Message) -> tuple[list[Tensor], Spec]:
-        return self.x.messenger.receive(Key(message.kind, message.direction, message.stage, message.micro_batch),
-                                        self._peer(message.source))
+        self.x.messenger.send(Key(*m[:4]), self._peer(m.destination), self.outgoing.pop(m))
 
     # -- computations
 
@@ -176,8 +171,9 @@ class _Run:
 
     def _prefetch(self, part: Compute) -> tuple[list[Tensor], Spec] | None:
         """Waits for what a computation needs from another rank."""
-        messages = self.plan.needs(part)
-        return self._receive(messages[0]) if messages else None
+        for m in self.plan.needs(part):  # one at most
+            return self.x.messenger.receive(Key(*m[:4]), self._peer(m.source))
+        return None
 
     def _run(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
         where = (part.direction, part.stage, part.micro_batch)
@@ -291,7 +287,10 @@ class _Run:
     def _on_device(self, value: Any, cast: bool) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(self._on_device(v, cast) for v in value)
-        if not isinstance(value, Tensor):
+        try:
             value = torch.as_tensor(value)
-        value = value.to(self.x.device, non_blocking=True)
-        return value.to(self.x.cast) if cast and self.x.cast is not None and value.is_floating_point() else value
+        except (TypeError, ValueError, RuntimeError):
+            raise BatchError(f"a batch must hold tensors or tuples of tensors, not {type(value).__name__}") from None
+        dtype = self.x.cast if cast and value.is_floating_point() else None
+        # A copy in any case: it is read again in backward, when the iterator may have filled its buffer anew.
+        return value.detach().to(self.x.device, dtype, non_blocking=True, copy=True)

@@ -1,28 +1,28 @@
 """PipelineModule: a model as a list of layers, of which each rank builds the stages it will run.
 
 The constructor is that of `deepspeed.pipe.PipelineModule` (which cannot be used: it builds one stage per rank and
-`DeepSpeedEngine` treats it apart). Under a bidirectional schedule pipeline rank i builds stages i and P-1-i; both ranks of
-the mirrored pair register the same parameters under the same names in the same order, as ZeRO requires of replicas.
+`DeepSpeedEngine` treats it apart). Under a bidirectional schedule pipeline rank i builds stages i and P-1-i; both
+ranks of the mirrored pair register the same parameters under the same names in the same order, as ZeRO requires of
+replicas.
 
 Specs are known by their face alone: a `LayerSpec` has `build()`, a `TiedLayerSpec` also `key`. Layers of ours have
-`canonical_name` (the prefix of their parameters' Hugging Face names) and `set_expert_parallel`; other layers are registered
-as `layers.<index>`.
+`canonical_name` (the prefix of their parameters' Hugging Face names) and `set_expert_parallel`; other layers are
+registered as `layers.<index>`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext.config import ConfigError, check_deepspeed_config, check_sizes, load_config, parse_section
+from megatron_ext.config import ConfigError, check_deepspeed_config, load_config, parse_section
 from megatron_ext.layers.linear import Linear
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.pipeline.partition import partition
@@ -31,9 +31,8 @@ from megatron_ext.pipeline.random import RandomKey
 Value = Tensor | tuple[Tensor, ...]
 
 
-@dataclass
-class _Layer:
-    """One layer of the model as this rank holds it."""
+class _Layer(NamedTuple):
+    """One layer of the model as this rank holds it: a module, a function, or a tied module behind its `forward_fn`."""
 
     index: int
     call: Callable[[Any], Any]
@@ -45,22 +44,22 @@ class PipelineModule(nn.Module):
     Args:
         layers: specs, modules or functions of one argument, in order; an `nn.Sequential` will do.
         num_stages: P, pipeline ranks; taken from `config` if None.
-        topology: refused with a model axis; otherwise its pipe axis gives P.
+        topology: DeepSpeed's; its pipe axis gives P. Refused with other axes than pipe and data.
         loss_fn: `loss_fn(output of the last layer, labels) -> scalar`; if None the last layer returns the loss.
         seed_layers, seed_fn: as in DeepSpeed; layers are seeded by index in any case, so that a layout never changes
             what a layer starts from, and `seed_fn` replaces the way that is done.
         base_seed: layer i is built under seed `base_seed + i`; also the seed of the run's dropout.
         partition_method: `uniform`, `parameters` or `type:<regex>`.
         activation_checkpoint_interval: recompute this many layers at a time in backward; 0 keeps activations.
-        activation_checkpoint_func: for compatibility; None uses torch's non-reentrant checkpoint.
-        checkpointable_layers: class names that may be recomputed; None for all.
+        activation_checkpoint_func: called with a function and its tensors; None for torch's non-reentrant checkpoint.
+        checkpointable_layers: class names that may be recomputed; None for all with parameters.
         dynamic_shape: accepted and not needed: messages carry their shapes.
         schedule: the pipeline schedule, which decides the placement; taken from `config` if None.
         config: path or dict of the DeepSpeed config, to read P, the schedule and the expert-parallel size from.
-        process_groups: reuse groups made before (tests).
 
     Raises:
-        ConfigError: sizes that cannot work, or an argument that disagrees with `config`.
+        ConfigError: sizes that cannot work, an argument that disagrees with `config`, layers that share parameters across
+            ranks without a `TiedLayerSpec`; on every rank.
     """
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, topology: Any = None,
@@ -69,8 +68,7 @@ class PipelineModule(nn.Module):
                  partition_method: str = "parameters", activation_checkpoint_interval: int = 0,
                  activation_checkpoint_func: Callable[..., Any] | None = None,
                  checkpointable_layers: Sequence[str] | None = None, dynamic_shape: bool = False, *,
-                 schedule: str | None = None, config: str | Path | dict[str, Any] | None = None,
-                 process_groups: ProcessGroups | None = None):
+                 schedule: str | None = None, config: str | Path | dict[str, Any] | None = None):
         super().__init__()
         if not dist.is_initialized():
             raise ConfigError("torch.distributed", "not initialised",
@@ -83,19 +81,19 @@ class PipelineModule(nn.Module):
         self.loss_fn = loss_fn
         self.base_seed = base_seed
         self.activation_checkpoint_interval = activation_checkpoint_interval
-        self._checkpoint = activation_checkpoint_func
+        self._checkpoint = activation_checkpoint_func or partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         self._checkpointable = checkpointable_layers
         self._seed_fn = seed_fn
 
         specs = list(layers)
-        check_sizes(dist.get_world_size(), self.num_stages, section.expert_parallel.size, len(specs))
         grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size)
         self.bounds = partition(partition_method, [_type_name(s) for s in specs],
                                 self._count_parameters(specs) if partition_method.lower() == "parameters"
                                 else [0] * len(specs), self.num_stages)
-        self.groups = process_groups or ProcessGroups.create(grid)
-        self.topology = self.groups.topology
-        self.stage_rank = self.topology.stage_rank(self.groups.rank)
+        _refuse_untied(specs, [grid.pair_of_stage(stage) for stage in self._stage_of_each_layer()])
+        self.groups = ProcessGroups.create(grid)
+        self.topology = grid
+        self.stage_rank = grid.stage_rank(self.groups.rank)
         self.stages = sorted({self.stage_rank, self.num_stages - 1 - self.stage_rank})
         self.tied_groups_ranks: dict[str, list[list[int]]] = {}
         self._tied: dict[str, nn.Module] = {}
@@ -103,7 +101,7 @@ class PipelineModule(nn.Module):
         with agreed(self.groups.control):  # a layer that cannot be built is on some ranks only
             self._build(specs, self.groups.expert_placement())
         self._mark_tied(specs)
-        self.split_parameters = self._split_linears()
+        self._split_linears()
 
     # -- building
 
@@ -112,19 +110,22 @@ class PipelineModule(nn.Module):
         counts = []
         for index, spec in enumerate(specs):
             layer = spec
-            if hasattr(spec, "build"):
+            if _is_spec(spec):
                 with torch.random.fork_rng(devices=[]):
                     try:
                         with torch.device("meta"):
                             layer = self._build_layer(spec, index, ExpertParallel.single())
-                    except (NotImplementedError, RuntimeError):  # a constructor that computes with its weights
+                    except Exception:  # a constructor that computes with its weights, as some do; or it fails again here
                         layer = self._build_layer(spec, index, ExpertParallel.single())
             counts.append(sum(p.numel() for p in layer.parameters() if p.requires_grad)
                           if isinstance(layer, nn.Module) else 0)
         return counts
 
+    def _stage_of_each_layer(self) -> list[int]:
+        return [s for s in range(self.num_stages) for _ in range(self.bounds[s], self.bounds[s + 1])]
+
     def _build_layer(self, spec: Any, index: int, experts: ExpertParallel) -> Any:
-        if not hasattr(spec, "build"):
+        if not _is_spec(spec):
             return spec
         (self._seed_fn or torch.manual_seed)(self.base_seed + index)
         layer = spec.build()
@@ -135,14 +136,14 @@ class PipelineModule(nn.Module):
     def _build(self, specs: Sequence[Any], experts: ExpertParallel) -> None:
         first_use: dict[str, int] = {}
         for index, spec in enumerate(specs):
-            if hasattr(spec, "key"):
+            if _is_tied(spec):
                 first_use.setdefault(spec.key, index)
         with torch.random.fork_rng(devices=[]):
             for stage in self.stages:
                 self._layers[stage] = []
                 for index in range(self.bounds[stage], self.bounds[stage + 1]):
                     spec = specs[index]
-                    if hasattr(spec, "key"):  # every holder starts from the seed of the first use
+                    if _is_tied(spec):  # every holder starts from the seed of the first use
                         if spec.key not in self._tied:
                             owner = first_use[spec.key]
                             self._tied[spec.key] = self._build_layer(specs[owner], owner, experts)
@@ -163,21 +164,21 @@ class PipelineModule(nn.Module):
             if name not in parent._modules:
                 parent.add_module(name, nn.Module())
             parent = parent._modules[name]  # type: ignore[assignment]
+        if leaf in parent._modules:
+            raise ConfigError("layers", ".".join((*path, leaf)), "is the name of two layers")
         parent.add_module(leaf, layer)
 
     def _mark_tied(self, specs: Sequence[Any]) -> None:
-        stage_of = [s for s in range(self.num_stages) for _ in range(self.bounds[s], self.bounds[s + 1])]
         uses: dict[str, list[int]] = {}
-        for index, spec in enumerate(specs):
-            if hasattr(spec, "key"):
-                uses.setdefault(spec.key, []).append(stage_of[index])
+        for stage, spec in zip(self._stage_of_each_layer(), specs, strict=True):
+            if _is_tied(spec):
+                uses.setdefault(spec.key, []).append(stage)
         for key, stages in uses.items():
             groups = self.topology.tied_groups(stages)
             if not groups:
                 continue
             self.tied_groups_ranks[key] = groups
-            owner = self.topology.pair(self.topology.rank_of(stages[0], 0))
-            if key in self._tied and self.topology.pair(self.groups.rank) != owner:
+            if key in self._tied and self.topology.pair(self.groups.rank) != self.topology.pair_of_stage(stages[0]):
                 for p in self._tied[key].parameters():  # DeepSpeed's mark: leave it out of gradient norms
                     p.ds_pipe_replicated = True
 
@@ -185,31 +186,24 @@ class PipelineModule(nn.Module):
         """This rank's parameters of a tied key, in order; empty if it has none."""
         return list(self._tied[key].parameters()) if key in self._tied else []
 
-    def _split_linears(self) -> dict[str, bool]:
-        """Lets plain `nn.Linear`s split their weight gradient; returns which trainable matrices are split, by name.
+    def _split_linears(self) -> None:
+        """Lets plain `nn.Linear`s hand over their weight gradient.
 
         Only the exact class is touched: a subclass, or a module with parametrizations, may do anything with its weight.
         """
         for module in self.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear
-        split: dict[str, bool] = {}
-        for name, module in self.named_modules():
-            native = isinstance(module, Linear) or getattr(module, "splits_weight_grad", False)
-            for leaf, p in module.named_parameters(recurse=False):
-                if p.requires_grad:
-                    split[f"{name}.{leaf}"] = native
-        return split
 
     # -- running
 
-    def run_stage(self, stage: int, value: Value, key: RandomKey | None = None) -> Value:
+    def run_stage(self, stage: int, value: Value, key: RandomKey) -> Value:
         """Forward through the layers of one local stage.
 
         Args:
             stage: one of `self.stages`.
             value: what the stage before passed on.
-            key: names the random numbers; None leaves the generators alone.
+            key: names the random numbers.
         """
         layers = self._layers[stage]
         interval = self.activation_checkpoint_interval
@@ -217,20 +211,23 @@ class PipelineModule(nn.Module):
             return _run_layers(layers, key, value)
         for start in range(0, len(layers), interval):
             block = layers[start:start + interval]
-            if all(self._may_recompute(layer) for layer in block):
-                run = partial(_run_layers, block, key)
-                value = self._checkpoint(run, value) if self._checkpoint else \
-                    checkpoint(run, value, use_reentrant=False, preserve_rng_state=False)
-            else:
-                value = _run_layers(block, key, value)
+            run = self._run_recomputed if self._may_recompute(block) else _run_layers
+            value = run(block, key, value)
         return value
 
-    def _may_recompute(self, layer: _Layer) -> bool:
-        if not isinstance(layer.call, nn.Module):
-            return False
+    def _run_recomputed(self, block: Sequence[_Layer], key: RandomKey, value: Value) -> Value:
+        single = not isinstance(value, tuple)
+
+        def run(*tensors: Tensor) -> Value:
+            return _run_layers(block, key, tensors[0] if single else tensors)
+
+        return self._checkpoint(run, *((value,) if single else value))
+
+    def _may_recompute(self, block: Sequence[_Layer]) -> bool:
+        """DeepSpeed's rule: all layers are of the classes named; without names, some layer has parameters."""
         if self._checkpointable is not None:
-            return type(layer.call).__name__ in self._checkpointable
-        return any(True for _ in layer.call.parameters())
+            return all(type(layer.call).__name__ in self._checkpointable for layer in block)
+        return any(True for layer in block if isinstance(layer.call, nn.Module) for _ in layer.call.parameters())
 
     def children_with(self, method: str) -> list[Any]:
         """The local layers that have a method of this name, each once."""
@@ -248,18 +245,36 @@ class PipelineModule(nn.Module):
         raise RuntimeError("a pipeline's layers lie on several ranks: use engine.train_batch() or engine.eval_batch()")
 
 
-def _run_layers(layers: Sequence[_Layer], key: RandomKey | None, value: Value) -> Value:
+def _run_layers(layers: Sequence[_Layer], key: RandomKey, value: Value) -> Value:
     for layer in layers:
-        if key is not None:
-            key.seed_layer(layer.index)
+        key.seed_layer(layer.index)
         value = layer.call(value)
     return value
 
 
-def _type_name(spec: Any) -> str:
-    if hasattr(spec, "build"):
-        return getattr(spec.typename, "__name__", str(spec.typename))
-    return type(spec).__name__ if isinstance(spec, nn.Module) else ""
+def _is_spec(layer: Any) -> bool:
+    return hasattr(layer, "build") and not isinstance(layer, nn.Module)
+
+
+def _is_tied(layer: Any) -> bool:
+    return _is_spec(layer) and hasattr(layer, "key")
+
+
+def _type_name(layer: Any) -> str:
+    """What `type:<regex>` is matched against: the name of the class, or of the function."""
+    kind = layer.typename if _is_spec(layer) else type(layer) if isinstance(layer, nn.Module) else layer
+    return getattr(kind, "__name__", "")
+
+
+def _refuse_untied(layers: Sequence[Any], pairs: Sequence[int]) -> None:
+    """Modules given ready-made may share parameters only where one rank holds them: elsewhere the copies would part."""
+    first_use: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for p in layer.parameters() if isinstance(layer, nn.Module) else ():
+            first = first_use.setdefault(id(p), index)
+            if pairs[first] != pairs[index]:
+                raise ConfigError("layers", [first, index], "share a parameter and lie on different pipeline ranks",
+                                  "make both TiedLayerSpecs of one key")
 
 
 def _stages_of(topology: Any, num_stages: int | None) -> int | None:
@@ -269,7 +284,12 @@ def _stages_of(topology: Any, num_stages: int | None) -> int | None:
         if axis not in ("pipe", "data") and topology.get_dim(axis) > 1:
             raise ConfigError("topology", axis, f"has size {topology.get_dim(axis)}; only pipe and data axes are supported",
                               "leave tensor and sequence parallelism out")
-    return _agree("num_stages", num_stages, topology.get_dim("pipe"), None)
+    if topology.world_size() != dist.get_world_size():
+        raise ConfigError("topology", str(topology), f"has {topology.world_size()} ranks, this job {dist.get_world_size()}")
+    stages = topology.get_dim("pipe")
+    if num_stages not in (None, stages):
+        raise ConfigError("num_stages", num_stages, f"disagrees with the {stages} of `topology`", "give one of the two")
+    return stages
 
 
 def _agree(what: str, argument: Any, configured: Any, default: Any) -> Any:

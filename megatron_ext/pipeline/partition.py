@@ -1,69 +1,86 @@
 """Which layers make up a stage: the partition methods of DeepSpeed's PipelineModule.
 
-Letters: L layers, P stages. A partition is a list of P + 1 bounds; stage s has the layers bounds[s] .. bounds[s+1]-1, at
-least one each.
+Letters: L layers, P stages. A partition is a list of P + 1 bounds; stage s has the layers bounds[s] .. bounds[s+1]-1,
+at least one each.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from megatron_ext.config.errors import ConfigError
 
 
 def balanced(weights: Sequence[float], stages: int) -> list[int]:
-    """Bounds whose heaviest stage is as light as can be; every stage gets a layer.
+    """Bounds whose heaviest stage is as light as can be, and among those the most even; every stage gets a layer.
 
     Args:
         weights: of the L layers, not negative.
         stages: P <= L.
     """
-    layers = len(weights)
-    assert 1 <= stages <= layers
-    # best[k][i]: lightest possible heaviest stage when the first i layers make k stages. O(P L^2), under 0.1 s at 64 x 128.
-    prefix = [0.0]
-    for w in weights:
-        prefix.append(prefix[-1] + w)
-    best = [prefix[i] for i in range(layers + 1)]
+    assert 1 <= stages <= len(weights)
+    prefix = [0.0, *accumulate(weights)]
+    heaviest = _cut(prefix, stages, max)
+    limit = max(prefix[b] - prefix[a] for a, b in zip(heaviest, heaviest[1:], strict=False))
+    # Least sum of squares. A stage within the limit may exceed it by rounding where the weights are not whole numbers.
+    return _cut(prefix, stages, lambda cost, stage: cost + stage * stage if stage <= limit * (1 + 1e-12) else math.inf)
+
+
+def _cut(prefix: Sequence[float], stages: int, add: Callable[[float, float], float]) -> list[int]:
+    """The bounds of least cost, by dynamic programming in O(P L^2): 0.2 s for 64 stages of 128 layers.
+
+    Args:
+        prefix: weight of the first i layers, L + 1 numbers.
+        add: cost of some stages and one more of the given weight; never less than with a lighter one.
+    """
+    layers = len(prefix) - 1
+    # best[i]: least cost of the first i layers in k stages; cuts[k][i]: where the last of those begins.
+    best = [0.0] + [math.inf] * layers
     cuts: list[list[int]] = []
-    for k in range(2, stages + 1):
-        row, cut = [float("inf")] * (layers + 1), [0] * (layers + 1)
+    for k in range(1, stages + 1):
+        row, cut = [math.inf] * (layers + 1), [k - 1] * (layers + 1)
         for i in range(k, layers + 1):
             for j in range(i - 1, k - 2, -1):
-                last = prefix[i] - prefix[j]
-                if last >= row[i]:
+                if add(0.0, prefix[i] - prefix[j]) > row[i]:
                     break  # the last stage only grows as j falls
-                if max(best[j], last) < row[i]:
-                    row[i], cut[i] = max(best[j], last), j
+                cost = add(best[j], prefix[i] - prefix[j])
+                if cost < row[i]:
+                    row[i], cut[i] = cost, j
         best = row
         cuts.append(cut)
     bounds = [layers]
     for cut in reversed(cuts):
         bounds.append(cut[bounds[-1]])
-    return [0, *reversed(bounds)]
+    return bounds[::-1]
 
 
 def partition(method: str, names: Sequence[str], parameters: Sequence[int], stages: int) -> list[int]:
     """Bounds by `uniform`, `parameters` or `type:<regex>` (matched against class names, case ignored).
 
     Args:
-        names: class name of each layer ("" for plain functions).
+        names: of each layer's class, or of the function.
         parameters: trainable parameters of each layer.
 
     Raises:
-        ConfigError: unknown method, more stages than layers, or a regex that matches no layer.
+        ConfigError: unknown method, more stages than layers, or a regex that is none or matches no layer.
     """
     layers = len(names)
     if stages > layers:
-        raise ConfigError("num_stages", stages, f"is more than the {layers} layers of the model; every stage needs one")
+        raise ConfigError("megatron_ext.pipeline.stages", stages,
+                          f"must not exceed the {layers} layers of the model: a stage would be empty")
     kind = method.lower()
     if kind == "uniform":
         return balanced([1.0] * layers, stages)
     if kind == "parameters":
         return balanced([float(n) for n in parameters], stages)
     if kind.startswith("type:"):
-        pattern = re.compile(method.split(":", 1)[1], re.IGNORECASE)
+        try:
+            pattern = re.compile(method.split(":", 1)[1], re.IGNORECASE)
+        except re.error as error:
+            raise ConfigError("partition_method", method, f"is not a regular expression: {error}") from None
         matches = [1.0 if pattern.search(name) else 0.0 for name in names]
         if not any(matches):
             raise ConfigError("partition_method", method, f"matches none of the layers' types {sorted(set(names))}")

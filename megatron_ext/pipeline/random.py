@@ -1,8 +1,8 @@
 """Random numbers keyed by what is computed, never by who happens to compute it.
 
-Before every layer's forward the generators of the host and of the device are seeded from (seed, step, micro-batch of the
-global batch, layer). The same dropout then falls in every layout of ranks, under recomputation, and after a resume, and
-one process can reproduce any of them.
+Before every layer's forward the generators of the host and of the device are seeded from (seed, step, micro-batch of
+the global batch, layer). The same dropout then falls in every layout of ranks, under recomputation, and after a
+resume, and one process can reproduce any of them.
 """
 
 from __future__ import annotations

@@ -3,16 +3,19 @@
 Every trainable parameter gets an FP32 `main_grad`, into which the gradients of all micro-batches of a step are summed
 whatever the parameter's dtype (DeepSeek-V3 report, section 3.3.2). They arrive by two ways:
 
-* matrix products that can be split put a closure into the parameter's sink (layers/linear.py). In a full backward "B" it
-  runs at once; in an input-grad "I" it is queued under (direction, stage, micro-batch) and runs in the "W" of that key. The
-  queue holds the operands, never a gradient of the parameter's size;
+* matrix products that can be split put a closure into the parameter's sink (layers/linear.py). In a full backward "B"
+  it runs at once; in an input-grad "I" it is queued under (direction, stage, micro-batch) and runs in the "W" of that
+  key. The queue holds the operands, never a gradient of the parameter's size;
 * everything else goes through autograd into `.grad`, which is folded into `main_grad` after each backward. The user's
-  hooks on parameters fire as always, for a parameter with hooks is never split.
+  hooks on parameters fire as always, for a parameter with hooks gets no sink.
+
+Sinks are there only while a backward of the pipeline runs: what a layer does with `torch.autograd.grad` in its
+forward is none of its business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,69 +29,66 @@ class WeightGradients:
 
     Args:
         parameters: the rank's parameters; those that do not require a gradient are skipped.
+        hooked: ids of those that carry hooks of the user (`hooked_parameters`). Hooks on others are DeepSpeed's, unless
+            they come after now.
+
+    Attributes:
+        whole: parameters whose gradient has come through autograd, so that it is part of I and not of W.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
+    def __init__(self, parameters: Iterable[nn.Parameter], hooked: Container[int] = ()):
         self.parameters: list[nn.Parameter] = [p for p in parameters if p.requires_grad]
-        self._hooks = {id(p): _count_hooks(p) for p in self.parameters}
+        self.whole: set[nn.Parameter] = set()
+        self._foreign_hooks = {id(p): -1 if id(p) in hooked else _count_hooks(p) for p in self.parameters}
+        self._split: list[nn.Parameter] = []
         self._queue: dict[Key, list[tuple[nn.Parameter, Callable[[Tensor], None]]]] = {}
-        self._recording: Key | None = None
-        self._hooked_by_user: set[int] = set()
-
-    def note_hooks(self, by_user: set[int]) -> None:
-        """Fixes which hooks are not the user's: all present now, except on the parameters in `by_user` (ids)."""
-        self._hooked_by_user = by_user
-        self._hooks = {id(p): _count_hooks(p) for p in self.parameters}
 
     def begin(self) -> None:
-        """Zeroes the gradients for a new step, and installs or removes sinks as the user's hooks demand."""
-        assert not self._queue, f"weight gradients left over from the last step: {sorted(self._queue)}"
+        """Zeroes the gradients for a new step, and finds out which parameters the user has hooks on."""
         for p in self.parameters:
-            if getattr(p, "main_grad", None) is None or p.main_grad.device != p.device:
+            if getattr(p, "main_grad", None) is None:
                 p.main_grad = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
             else:
                 p.main_grad.zero_()
             p.grad = None
-            hooked = id(p) in self._hooked_by_user or _count_hooks(p) != self._hooks[id(p)]
-            p.weight_grad_sink = None if hooked else self._sink
-
-    def end(self) -> None:
-        """Removes the sinks, so that the layers are ordinary autograd outside a step."""
-        for p in self.parameters:
-            p.weight_grad_sink = None
-        self._queue.clear()
-        self._recording = None
-
-    def _sink(self, parameter: nn.Parameter, accumulate: Callable[[Tensor], None]) -> None:
-        if self._recording is None:
-            with torch.no_grad():
-                accumulate(parameter.main_grad)
-        else:
-            self._queue.setdefault(self._recording, []).append((parameter, accumulate))
+        self._split = [p for p in self.parameters if _count_hooks(p) == self._foreign_hooks[id(p)]]
+        self._queue.clear()  # what a step that failed has left
 
     def backward(self, roots: Sequence[object], gradients: Sequence[Tensor | None], defer: Key | None) -> None:
         """Runs autograd from `roots`; weight gradients are taken at once, or queued under `defer`."""
-        self._recording = defer
+        waiting = None if defer is None else self._queue.setdefault(defer, [])
+
+        def sink(parameter: nn.Parameter, accumulate: Callable[[Tensor], None]) -> None:
+            if waiting is not None:
+                waiting.append((parameter, accumulate))
+            else:
+                with torch.no_grad():
+                    accumulate(parameter.main_grad)
+
+        for p in self._split:
+            p.weight_grad_sink = sink
         try:
             if roots:
                 torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
         finally:
-            self._recording = None
+            for p in self._split:
+                p.weight_grad_sink = None
         for p in self.parameters:
             if p.grad is not None:
                 p.main_grad.add_(p.grad)
                 p.grad = None
+                self.whole.add(p)
 
     def take(self, key: Key) -> None:
         """The "W" of a micro-batch: runs what its "I" queued. Nothing, if the stage could not be split."""
         with torch.no_grad():
-            for parameter, accumulate in self._queue.pop(key, ()):
+            for parameter, accumulate in self._queue.pop(key):
                 accumulate(parameter.main_grad)
 
     @property
-    def waiting(self) -> int:
-        """Micro-batches whose weight gradients are queued."""
-        return len(self._queue)
+    def waiting(self) -> list[Key]:
+        """Micro-batches whose "I" ran and whose "W" did not."""
+        return sorted(self._queue)
 
 
 def _count_hooks(p: nn.Parameter) -> int:

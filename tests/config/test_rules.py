@@ -8,7 +8,6 @@ from megatron_ext.config import (
     Batch,
     ConfigError,
     check_deepspeed_config,
-    check_sizes,
     load_config,
     parse_section,
     resolve_batch,
@@ -60,29 +59,6 @@ def test_no_file(tmp_path):
     assert refusal(load_config, tmp_path / "no.json").endswith("no.json': there is no such file")
     assert "cannot be read" in refusal(load_config, tmp_path)
     assert refusal(load_config, None) == "config = None: must be the path of a JSON file, or a dict"
-
-
-# -- sizes
-
-@pytest.mark.parametrize("world, stages, experts, layers, num_experts", [
-    (2, 2, 1, 2, None), (4, 2, 2, 5, 8), (8, 4, 1, 4, 6), (16, 4, 4, 9, 8)])
-def test_sizes_that_work(world, stages, experts, layers, num_experts):
-    check_sizes(world, stages, experts, layers, num_experts)
-
-
-@pytest.mark.parametrize("sizes, text", [
-    ((6, 3, 1, 6, None), "megatron_ext.pipeline.stages = 3: a bidirectional pipeline needs an even number of ranks"),
-    ((1, 1, 1, 6, None), "megatron_ext.pipeline.stages = 1: a bidirectional pipeline needs an even number of ranks"),
-    ((6, 4, 1, 6, None), "megatron_ext.pipeline.stages = 4: must divide the 6 ranks of this job: 6 = 4 x 1 + 2"),
-    ((2, 4, 1, 6, None), "megatron_ext.pipeline.stages = 4: must divide the 2 ranks of this job"),
-    ((4, 4, 1, 3, None), "megatron_ext.pipeline.stages = 4: must not exceed the 3 layers of the model"),
-    ((4, 2, 3, 6, 6), "megatron_ext.expert_parallel.size = 3: must divide the number of replicas of the pipeline, "
-                      "4 ranks / 2 stages = 2; mirrored ranks run different stages"),
-    ((4, 2, 4, 6, 8), "megatron_ext.expert_parallel.size = 4: must divide the number of replicas"),
-    ((8, 2, 4, 6, 6), "megatron_ext.expert_parallel.size = 4: must divide the 6 routed experts of the model"),
-])
-def test_sizes_that_cannot_work(sizes, text):
-    assert refusal(check_sizes, *sizes).startswith(text)
 
 
 # -- batch sizes
