@@ -33,8 +33,8 @@ from torch.distributed import ProcessGroup
 from megatron_ext.config.errors import UserError
 
 HEADER_LENGTH = 256  # int64 words: 2 KB, enough for tuples of 30 tensors with 5 dimensions
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
-           torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
 _AS_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)  # gloo does not know them
 _KINDS = ("F", "B", "L")
 
@@ -104,8 +104,8 @@ class _Header:
                 raise MessageError(f"{self.key}: tensors of dtype {t.dtype} cannot travel between stages")
             words += [_DTYPES.index(t.dtype), int(t.requires_grad), len(t.shape), *t.shape]
         if len(words) > HEADER_LENGTH:
-            raise MessageError(f"{self.key}: {len(self.spec.tensors)} tensors are too many for one message between stages "
-                               f"({len(words)} header words, at most {HEADER_LENGTH})")
+            raise MessageError(f"{self.key}: {len(self.spec.tensors)} tensors are too many for one message between "
+                               f"stages ({len(words)} header words, at most {HEADER_LENGTH})")
         return torch.tensor(words + [0] * (HEADER_LENGTH - len(words)), dtype=torch.int64)
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class _Line:
-    """How the two ends of a channel are connected. Only gloo reads tags: `tag` is the header's, the next the payload's."""
+    """How the two ends of a channel are connected. Only gloo reads tags: `tag` for headers, the next for payloads."""
 
     peer: int
     tag: int
@@ -281,8 +281,8 @@ class Messenger:
         tensors = value if isinstance(value, tuple) else (value,)
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
-                raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a tuple "
-                                   "of tensors")
+                raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a "
+                                   "tuple of tensors")
         received = tuple(inbox.received if (inbox := self._inboxes.get((name, destination))) else 0
                          for name in self.groups)
         self._outbox(key, destination).send(key, tensors, isinstance(value, tuple), received)

@@ -10,10 +10,13 @@ does on versions that nobody has tried.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
@@ -57,8 +60,16 @@ ZERO_SOURCES = {
     "_hp_optimizer_states_linked": "reset after a load",
     "_lazy_init_hp_params_optimizer_state": "links the parameters to the loaded optimizer state",
 }
+CONFIG_SOURCES = {"_param_dict": "the whole ds_config, to read our section from"}
+WRAPPER_SOURCES = {
+    "fp32_groups": "master weights of BF16 without ZeRO",
+    "fp16_groups": "and the weights that they belong to",
+}
 GROUP_TABLES = ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
                 "_EXPERT_DATA_PARALLEL_GROUP_RANKS")
+_SOURCES: tuple[tuple[type, dict[str, str]], ...] = (
+    (DeepSpeedEngine, ENGINE_SOURCES), (DeepSpeedZeroOptimizer, ZERO_SOURCES), (DeepSpeedConfig, CONFIG_SOURCES),
+    (FP16_UnfusedOptimizer, WRAPPER_SOURCES))
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
@@ -79,10 +90,10 @@ def missing() -> list[str]:
     """Private names that this DeepSpeed does not have, each with what it is for; empty if all is well."""
     lost = [f"DeepSpeedEngine.{name}: {why}" for name, why in ENGINE_METHODS.items()
             if not hasattr(DeepSpeedEngine, name)]
-    source = inspect.getsource(DeepSpeedEngine)
-    lost += [f"DeepSpeedEngine().{name}: {why}" for name, why in ENGINE_SOURCES.items() if f"self.{name}" not in source]
-    source = inspect.getsource(DeepSpeedZeroOptimizer)
-    lost += [f"DeepSpeedZeroOptimizer.{name}: {why}" for name, why in ZERO_SOURCES.items() if name not in source]
+    for owner, names in _SOURCES:
+        source = inspect.getsource(owner)
+        lost += [f"{owner.__name__}.{name}: {why}" for name, why in names.items()
+                 if not re.search(rf"(self\.|def ){name}\b", source)]
     lost += [f"deepspeed.utils.groups.{name}: pre-registered expert groups" for name in GROUP_TABLES
              if not isinstance(getattr(groups, name, None), dict)]
     if not hasattr(deepspeed, "DeepSpeedEngine"):

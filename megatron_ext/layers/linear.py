@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext import fp8
@@ -40,7 +41,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.bias = weight, bias
         y = matmul(x, weight.t())
-        return y if bias is None else y + bias
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -79,7 +80,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N] in the dtype of x.
+
+    Under `torch.autocast`, which chooses dtypes itself, in code that torch.compile traces, and for dtypes that differ
+    (which torch refuses) this is `torch.nn.functional.linear`, whose weight gradient comes with the input's.
     """
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
 
@@ -88,6 +94,16 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def split_linears(module: nn.Module) -> None:
+    """Makes every plain `nn.Linear` in `module` a `Linear`, in place.
+
+    Only the exact class is touched: a subclass, or a module with parametrizations, may do anything with its weight.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
 
 
 class PrecisionLinear(Linear):

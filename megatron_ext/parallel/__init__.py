@@ -1,4 +1,4 @@
-"""Where every rank stands: topology (arithmetic), process groups, the `mpu` for DeepSpeed, the private folder of JIT builds."""
+"""Where every rank stands: topology, process groups, the `mpu` for DeepSpeed, the private folder of JIT builds."""
 
 from megatron_ext.parallel.agreement import agree, agreed
 from megatron_ext.parallel.expert_parallel import ExpertParallel

@@ -1,4 +1,4 @@
-"""Which experts of a layer live on this rank, and the group its tokens travel through (DeepSeek-V3 report, section 3.2).
+"""Which experts of a layer live on this rank, and the group tokens travel through (DeepSeek-V3 report, section 3.2).
 
 Letters: E experts of a layer, N ranks of the expert-parallel group; this rank holds E/N neighbouring experts.
 """

@@ -20,24 +20,9 @@ from megatron_ext.parallel.topology import Topology
 
 def default_timeout() -> timedelta:
     """The timeout that the default process group was made with (`deepspeed.init_distributed(timeout=...)`)."""
-    backend = dist.group.WORLD._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
-    return backend.options._timeout
-
-
-def new_group_of(rank: int, groups: Sequence[Sequence[int]], timeout: timedelta,
-                 backend: str | None = None) -> tuple[ProcessGroup | None, list[int]]:
-    """Makes every group of a list, on all ranks in the same order.
-
-    Returns:
-        The group that `rank` is in (the last one if it is in several) and its ranks; (None, []) if it is in none.
-    """
-    mine: ProcessGroup | None = None
-    ranks_of_mine: list[int] = []
-    for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
-        if rank in ranks:
-            mine, ranks_of_mine = group, sorted(ranks)
-    return mine, ranks_of_mine
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")).options._timeout
 
 
 @dataclass
@@ -51,8 +36,8 @@ class ProcessGroups:
         expert_parallel: None if experts are not split.
         expert_data_parallel: ranks with the same experts.
         control: all ranks, on the CPU over gloo, for what the host must know without waiting for a device.
-        messages: one group per channel of the pipeline for payloads. NCCL orders the operations of a pair of ranks within
-            a group, so a channel is a group there; gloo has tags, and one group serves all.
+        messages: one group per channel of the pipeline (kind and direction) for payloads. NCCL orders the operations of
+            a pair of ranks within a group, so a channel is a group there; gloo has tags, and one group serves all.
     """
 
     topology: Topology
@@ -78,18 +63,18 @@ class ProcessGroups:
         Args:
             topology: must fill the world.
             timeout: of every group; the default group's if None.
-            channels: names of the pipeline's message channels (kind and direction).
+            channels: names of the pipeline's message channels.
         """
-        rank = dist.get_rank()
+        rank, everyone = dist.get_rank(), list(range(topology.world_size))
         assert topology.world_size == dist.get_world_size(), (topology, dist.get_world_size())
         timeout = timeout or default_timeout()
 
         def mine(groups: list[list[int]]) -> tuple[ProcessGroup, list[int]]:
-            group, ranks = new_group_of(rank, groups, timeout)
-            assert group is not None
-            return group, ranks
+            # Every rank makes all of them, in the same order.
+            made = [(dist.new_group(ranks, timeout=timeout), ranks) for ranks in groups]
+            [found] = [(group, ranks) for group, ranks in made if rank in ranks]
+            return found
 
-        everyone = list(range(topology.world_size))
         data, data_ranks = mine(topology.data_parallel_groups())
         model, model_ranks = mine(topology.model_parallel_groups())
         pipeline, _ = mine(topology.pipeline_groups())
@@ -100,8 +85,8 @@ class ProcessGroups:
             messages = dict.fromkeys(channels, control)
         else:
             messages = {c: dist.new_group(everyone, timeout=timeout) for c in channels}
-        return ProcessGroups(topology, rank, timeout, data, data_ranks, model, model_ranks, pipeline, expert, expert_ranks,
-                             expert_data, expert_data_ranks, control, messages)
+        return ProcessGroups(topology, rank, timeout, data, data_ranks, model, model_ranks, pipeline, expert,
+                             expert_ranks, expert_data, expert_data_ranks, control, messages)
 
     def expert_placement(self) -> ExpertParallel:
         """What a layer with experts is told when it is built."""

@@ -52,7 +52,7 @@ class MirroredPipelineUnit:
     def get_pipe_parallel_rank(self) -> int:
         return self.get_model_parallel_rank()
 
-    # No tensor parallelism: what DeepSpeed asks to find out which parameters are replicated within a model-parallel group.
+    # No tensor parallelism: what DeepSpeed asks to find out which parameters a model-parallel group has several times.
 
     def get_tensor_model_parallel_rank(self) -> int:
         return 0

@@ -186,33 +186,28 @@ class _Run:
 
     def _forward(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
         d, stage, k = part.direction, part.stage, part.micro_batch
-        if received is None:
-            value, inputs = self._load(d, k), []
+        inputs: list[Tensor] = []
+        if stage == 0:
+            value = self._load(d, k)
         else:
+            assert received is not None
             inputs, spec = received
             for tensor, t in zip(inputs, spec.tensors, strict=True):
                 tensor.requires_grad_(t.requires_grad and self.training)
             value = tuple(inputs) if spec.is_tuple else inputs[0]
-        key = self._random_key(d, k)
+        is_last = stage == self.last[d]
         with preserved_generators(self.x.device), torch.set_grad_enabled(self.training):
             self.x.set_counting(self.training)
-            output = self.x.module.run_stage(stage, value, key)
-            if stage == self.last[d]:
-                if self.keep_outputs:
-                    self.outcome.outputs[d, k] = output
-                if self.compute_loss:
-                    output = self._loss(d, k, output)
+            output: Any = self.x.module.run_stage(stage, value, self._random_key(d, k))
+            if is_last and self.keep_outputs:
+                self.outcome.outputs[d, k] = output
+            if is_last and self.compute_loss:
+                output = self._loss(d, k, output)
             self.x.set_counting(False)
-        if stage == self.last[d]:
-            if self.training:
-                scaled = output / self.plan.micro_batches_of(d)
-                roots = [get_gradient_edge(scaled)] if scaled.requires_grad else []
-                self.held[d, stage, k] = _Held(inputs, roots, None)
-            return
-        tensors = output if isinstance(output, tuple) else (output,)
         if self.training:
-            roots = [get_gradient_edge(t) for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-            outputs = Spec.of([t for t in tensors if isinstance(t, Tensor)], isinstance(output, tuple))
+            given = [output / self.plan.micro_batches_of(d)] if is_last else _tensors(output)
+            roots = [get_gradient_edge(t) for t in given if t.requires_grad]
+            outputs = None if is_last else Spec.of(given, isinstance(output, tuple))
             self.held[d, stage, k] = _Held(inputs, roots, outputs)
         for message in self.plan.gives(part):
             self.outgoing[message] = output
@@ -245,8 +240,8 @@ class _Run:
         wanted = [t for t in outputs.tensors if t.requires_grad]
         if [(tuple(g.shape), g.dtype) for g in found] != [(t.shape, t.dtype) for t in wanted]:
             raise MessageError(f"gradient of direction {part.direction}, stage {part.stage}, micro-batch "
-                               f"{part.micro_batch}: got {[(tuple(g.shape), g.dtype) for g in found]}, but the outputs were "
-                               f"{[(t.shape, t.dtype) for t in wanted]}")
+                               f"{part.micro_batch}: got {[(tuple(g.shape), g.dtype) for g in found]}, but the outputs "
+                               f"were {[(t.shape, t.dtype) for t in wanted]}")
         return list(found)
 
     # -- data
@@ -294,3 +289,7 @@ class _Run:
         dtype = self.x.cast if cast and value.is_floating_point() else None
         # A copy in any case: it is read again in backward, when the iterator may have filled its buffer anew.
         return value.detach().to(self.x.device, dtype, non_blocking=True, copy=True)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.config import ConfigError, check_deepspeed_config, load_config, parse_section
-from megatron_ext.layers.linear import Linear
+from megatron_ext.layers.linear import split_linears
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.pipeline.partition import partition
 from megatron_ext.pipeline.random import RandomKey
@@ -34,7 +34,7 @@ Value = Tensor | tuple[Tensor, ...]
 class _Layer(NamedTuple):
     """One layer of the model as this rank holds it: a module, a function, or a tied module behind its `forward_fn`."""
 
-    index: int
+    number: int
     call: Callable[[Any], Any]
 
 
@@ -58,8 +58,8 @@ class PipelineModule(nn.Module):
         config: path or dict of the DeepSpeed config, to read P, the schedule and the expert-parallel size from.
 
     Raises:
-        ConfigError: sizes that cannot work, an argument that disagrees with `config`, layers that share parameters across
-            ranks without a `TiedLayerSpec`; on every rank.
+        ConfigError: sizes that cannot work, an argument that disagrees with `config`, layers that share parameters
+            across ranks without a `TiedLayerSpec`; on every rank.
     """
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, topology: Any = None,
@@ -76,12 +76,14 @@ class PipelineModule(nn.Module):
         ds_config = load_config(config) if config is not None else {}
         section = parse_section(ds_config)
         check_deepspeed_config(ds_config, section)  # now, for building a large model takes minutes
-        self.schedule = _agree("schedule", schedule, section.pipeline.schedule if config is not None else None, "dualpipe")
+        configured = section.pipeline.schedule if config is not None else None
+        self.schedule = _agree("schedule", schedule, configured, "dualpipe")
         self.num_stages = _agree("stages", _stages_of(topology, num_stages), section.pipeline.stages, None)
         self.loss_fn = loss_fn
         self.base_seed = base_seed
         self.activation_checkpoint_interval = activation_checkpoint_interval
-        self._checkpoint = activation_checkpoint_func or partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self._checkpoint = activation_checkpoint_func or partial(checkpoint, use_reentrant=False,
+                                                                 preserve_rng_state=False)
         self._checkpointable = checkpointable_layers
         self._seed_fn = seed_fn
 
@@ -101,7 +103,7 @@ class PipelineModule(nn.Module):
         with agreed(self.groups.control):  # a layer that cannot be built is on some ranks only
             self._build(specs, self.groups.expert_placement())
         self._mark_tied(specs)
-        self._split_linears()
+        split_linears(self)
 
     # -- building
 
@@ -115,7 +117,7 @@ class PipelineModule(nn.Module):
                     try:
                         with torch.device("meta"):
                             layer = self._build_layer(spec, index, ExpertParallel.single())
-                    except Exception:  # a constructor that computes with its weights, as some do; or it fails again here
+                    except Exception:  # a constructor that computes with its weights; or it fails again here
                         layer = self._build_layer(spec, index, ExpertParallel.single())
             counts.append(sum(p.numel() for p in layer.parameters() if p.requires_grad)
                           if isinstance(layer, nn.Module) else 0)
@@ -179,21 +181,13 @@ class PipelineModule(nn.Module):
                 continue
             self.tied_groups_ranks[key] = groups
             if key in self._tied and self.topology.pair(self.groups.rank) != self.topology.pair_of_stage(stages[0]):
-                for p in self._tied[key].parameters():  # DeepSpeed's mark: leave it out of gradient norms
-                    p.ds_pipe_replicated = True
+                # DeepSpeed's mark: gradient norms leave it out.
+                for p in self._tied[key].parameters():
+                    p.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
     def tied_parameters(self, key: str) -> list[nn.Parameter]:
         """This rank's parameters of a tied key, in order; empty if it has none."""
         return list(self._tied[key].parameters()) if key in self._tied else []
-
-    def _split_linears(self) -> None:
-        """Lets plain `nn.Linear`s hand over their weight gradient.
-
-        Only the exact class is touched: a subclass, or a module with parametrizations, may do anything with its weight.
-        """
-        for module in self.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = Linear
 
     # -- running
 
@@ -247,7 +241,7 @@ class PipelineModule(nn.Module):
 
 def _run_layers(layers: Sequence[_Layer], key: RandomKey, value: Value) -> Value:
     for layer in layers:
-        key.seed_layer(layer.index)
+        key.seed_layer(layer.number)
         value = layer.call(value)
     return value
 
@@ -282,10 +276,11 @@ def _stages_of(topology: Any, num_stages: int | None) -> int | None:
         return num_stages
     for axis in topology.get_axis_names():
         if axis not in ("pipe", "data") and topology.get_dim(axis) > 1:
-            raise ConfigError("topology", axis, f"has size {topology.get_dim(axis)}; only pipe and data axes are supported",
-                              "leave tensor and sequence parallelism out")
+            raise ConfigError("topology", axis, f"has size {topology.get_dim(axis)}; only pipe and data axes are "
+                              "supported", "leave tensor and sequence parallelism out")
     if topology.world_size() != dist.get_world_size():
-        raise ConfigError("topology", str(topology), f"has {topology.world_size()} ranks, this job {dist.get_world_size()}")
+        raise ConfigError("topology", str(topology),
+                          f"has {topology.world_size()} ranks, this job {dist.get_world_size()}")
     stages = topology.get_dim("pipe")
     if num_stages not in (None, stages):
         raise ConfigError("num_stages", num_stages, f"disagrees with the {stages} of `topology`", "give one of the two")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megatron_ext.config.errors import ConfigError
 
@@ -24,7 +24,7 @@ def balanced(weights: Sequence[float], stages: int) -> list[int]:
     assert 1 <= stages <= len(weights)
     prefix = [0.0, *accumulate(weights)]
     heaviest = _cut(prefix, stages, max)
-    limit = max(prefix[b] - prefix[a] for a, b in zip(heaviest, heaviest[1:], strict=False))
+    limit = max(prefix[b] - prefix[a] for a, b in pairwise(heaviest))
     # Least sum of squares. A stage within the limit may exceed it by rounding where the weights are not whole numbers.
     return _cut(prefix, stages, lambda cost, stage: cost + stage * stage if stage <= limit * (1 + 1e-12) else math.inf)
 

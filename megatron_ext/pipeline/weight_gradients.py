@@ -16,6 +16,7 @@ forward is none of its business.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ class WeightGradients:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], hooked: Container[int] = ()):
-        self.parameters: list[nn.Parameter] = [p for p in parameters if p.requires_grad]
+        self.parameters: list[Any] = [p for p in parameters if p.requires_grad]  # Any: they are given attributes
         self.whole: set[nn.Parameter] = set()
         self._foreign_hooks = {id(p): -1 if id(p) in hooked else _count_hooks(p) for p in self.parameters}
-        self._split: list[nn.Parameter] = []
-        self._queue: dict[Key, list[tuple[nn.Parameter, Callable[[Tensor], None]]]] = {}
+        self._split: list[Any] = []
+        self._queue: dict[Key, list[tuple[Any, Callable[[Tensor], None]]]] = {}
 
     def begin(self) -> None:
         """Zeroes the gradients for a new step, and finds out which parameters the user has hooks on."""
@@ -58,7 +59,7 @@ class WeightGradients:
         """Runs autograd from `roots`; weight gradients are taken at once, or queued under `defer`."""
         waiting = None if defer is None else self._queue.setdefault(defer, [])
 
-        def sink(parameter: nn.Parameter, accumulate: Callable[[Tensor], None]) -> None:
+        def sink(parameter: Any, accumulate: Callable[[Tensor], None]) -> None:
             if waiting is not None:
                 waiting.append((parameter, accumulate))
             else:

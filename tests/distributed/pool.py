@@ -97,8 +97,9 @@ class WorkerPool:
         with _environment(DS_ACCELERATOR=self.device):
             context = multiprocessing.get_context("forkserver" if self.device == "cpu" else "spawn")
             if self.device == "cpu":
-                # pytest, for a worker imports the __main__ of its parent
-                context.set_forkserver_preload(["torch", "deepspeed", "pytest"])
+                # torch._dynamo costs a second and comes with the first optimizer; pytest, for a worker imports the
+                # __main__ of its parent
+                context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "pytest"])
             self._workers = [_Worker(context, rank, self) for rank in range(self.world_size)]
         self._collect(timeout=120.0)  # each rank reports once it is ready
 

@@ -1,4 +1,4 @@
-"""Save, die, resume: the losses that follow are those of the run that went on, bit for bit, and everything is in the files.
+"""Save, die, resume: what follows is what followed in the run that went on, bit for bit; everything is in the files.
 
 The processes that save are killed (SIGKILL) in the middle of a later step or of a later save; new ones resume.
 """
@@ -80,7 +80,7 @@ def save_go_on_and_die(case: Case, folder: Path, before: int, after: int) -> Non
     torch.save({"draws": draws(), "steps": steps(engine, after), "state": equality.gather(engine)},
                folder / f"rank{dist.get_rank()}")
     dist.barrier()
-    if dist.get_rank() == 1:
+    if dist.get_rank() == dist.get_world_size() - 1:  # where a direction ends
         engine.module.loss_fn = lambda *_: die()
     engine.train_batch()
 
@@ -291,16 +291,15 @@ def load_dense(folder: Path, layout: Layout, already: int) -> dict[str, Any]:
     engine = dense(layout, universal=True)
     train_dense(engine, 50, already)
     engine.load_checkpoint(str(folder))
-    state = engine.basic_optimizer.state
     dtypes = {moment.dtype for moment in moments(engine)}
     addresses = {moment.untyped_storage().data_ptr() for moment in moments(engine)}
     linked = {p._hp_mapping.optim_fragment["exp_avg"].untyped_storage().data_ptr()
               for p in engine.module.parameters() if p.requires_grad and p._hp_mapping is not None}
-    averages = {n: safe_get_full_optimizer_state(p, "exp_avg") for n, p in engine.module.named_parameters()
-                if p.requires_grad}
+    averages = [safe_get_full_optimizer_state(p, "exp_avg") for p in engine.module.parameters() if p.requires_grad]
     losses = train_dense(engine, 3, 3)
-    return {"losses": losses, "before": dtypes, "after": {m.dtype for m in moments(engine)}, "linked": linked <= addresses,
-            "steps": {s["step"] for s in state.values()}, "average": sum(float(a.abs().sum()) for a in averages.values())}
+    return {"losses": losses, "before": dtypes, "after": {m.dtype for m in moments(engine)},
+            "linked": linked <= addresses, "steps": {s["step"] for s in engine.basic_optimizer.state.values()},
+            "average": sum(float(a.abs().sum()) for a in averages)}
 
 
 def test_a_universal_checkpoint_keeps_bf16_moments_and_goes_on(pool4: WorkerPool, tmp_path: Path) -> None:
@@ -333,12 +332,12 @@ def refused_universal(folder: Path) -> list[str]:
     return found
 
 
-def test_a_universal_checkpoint_that_cannot_be_loaded_is_refused_on_all_ranks(pool2: WorkerPool, tmp_path: Path) -> None:
+def test_a_universal_checkpoint_that_cannot_be_loaded_is_refused(pool2: WorkerPool, tmp_path: Path) -> None:
     found = pool2.run(refused_universal, tmp_path)
     assert found[0] == found[1]
     experts, missing, escape = found[0]
-    assert experts.startswith("CheckpointError") and "this model has experts" in experts and "layout of the save" in experts
+    assert "this model has experts" in experts and "resume in the layout of the save" in experts
     assert "latest_universal" in missing and "ds_to_universal" in missing
-    assert "'../elsewhere' is not a plain folder name" in escape.replace(": is", " is")
+    assert "'../elsewhere': is not a plain folder name" in escape
 
 

@@ -1,0 +1,468 @@
+"""What is wrong ends every rank, soon, with the same message; an error on one rank does not leave the others waiting.
+
+Most of it runs on a few shared ranks, each of which catches its error. Two tests start processes as a launcher does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import megatron_ext
+from megatron_ext.checkpoint import native
+from megatron_ext.config import ConfigError, UserError
+from megatron_ext.data import GPTDataset, IndexedDatasetWriter, TokenStream
+from megatron_ext.models import DeepSeekV3Config, cross_entropy, deepseek_v3
+from megatron_ext.parallel import agreed
+from tests.distributed import equality
+from tests.distributed.equality import Case
+from tests.distributed.pool import WorkerError, WorkerPool
+
+ROOT = Path(megatron_ext.__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "pretrain_deepseek_v3.py"
+FOUR = Case(stages=2, replicas=2, expert_parallel=2)
+
+
+def caught(attempts: Sequence[Callable[[], Any]]) -> list[tuple[str, str, int | None]]:
+    """Per attempt (type, message, rank that found it) of the error."""
+    found = []
+    for attempt in attempts:
+        try:
+            attempt()
+            found.append(("nothing", "", None))
+        except UserError as error:
+            found.append((type(error).__name__, str(error), error.rank))
+    return found
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    node = config
+    *path, leaf = key.split(".")
+    for part in path:
+        node = node.setdefault(part, {})
+    node[leaf] = value
+    return config
+
+
+# -- the config
+
+LINEARS = "three linear layers"
+EXAMPLES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    # what is wrong, keys that make it so, what the message must say: key, value, rule
+    ("odd P", {"megatron_ext.pipeline.stages": 3}, ("megatron_ext.pipeline.stages = 3", "even")),
+    ("P does not divide the world", {"megatron_ext.pipeline.stages": 6},
+     ("megatron_ext.pipeline.stages = 6", "must divide the 4 ranks")),
+    ("more stages than layers",
+     {LINEARS: True, "megatron_ext.pipeline.stages": 4, "megatron_ext.expert_parallel.size": 1},
+     ("megatron_ext.pipeline.stages = 4", "must not exceed the 3 layers")),
+    ("EP does not divide the experts", {"experts": 7},
+     ("megatron_ext.expert_parallel.size = 2", "must divide the 7")),
+    ("EP does not divide D", {"megatron_ext.pipeline.stages": 4},
+     ("megatron_ext.expert_parallel.size = 2", "must divide", "4 ranks / 4 stages = 1")),
+    ("ZeRO-3", {"zero_optimization.stage": 3}, ("zero_optimization.stage = 3", "not supported", "use 1 or 2")),
+    ("fp16", {"fp16": {"enabled": True}}, ("fp16.enabled = True", "not supported", "bf16")),
+    ("no accumulation", {"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps = 0", "at least 1")),
+    ("an unknown section of ours", {"megatron_ext.pipelin": {}},
+     ("megatron_ext.pipelin = {}", "is not a key", "nearest name is megatron_ext.pipeline")),
+    ("an unknown key of ours", {"megatron_ext.optimizer.moments_dtype": "bf16"},
+     ("megatron_ext.optimizer.moments_dtype = 'bf16'", "nearest name is megatron_ext.optimizer.moment_dtype")),
+    ("a section of later", {"megatron_ext.ema": {"decay": 0.999}}, ("megatron_ext.ema", "not available yet")),
+    ("a key of later", {"megatron_ext.pipeline.chunks": 2}, ("megatron_ext.pipeline.chunks = 2", "not available yet")),
+    ("a schedule of later", {"megatron_ext.pipeline.schedule": "1f1b"},
+     ("megatron_ext.pipeline.schedule = '1f1b'", "not available yet", "dualpipe")),
+    ("other stages than built", {"built": {"num_stages": 4}},
+     ("megatron_ext.pipeline.stages = 2", "was built with 4", "change one of the two")),
+    ("another expert size than built", {"built": {"num_stages": 2}},
+     ("megatron_ext.expert_parallel.size = 2", "was built with 1", "change one of the two")),
+    ("an argument against the config", {"argument": {"num_stages": 4}},
+     ("megatron_ext.pipeline.stages = 2", "PipelineModule was given 4")),
+    ("a topology with a model axis", {"model axis": True}, ("topology = 'model'", "has size 2", "pipe and data")),
+    ("an mpu", {"mpu": True}, ("mpu = 'object'", "brings its own")),
+    ("no config", {"no config": True}, ("config = None", "a ds_config is needed")),
+    ("a config that is not there", {"file": "/nowhere/ds_config.json"},
+     ("config = '/nowhere/ds_config.json'", "there is no such file")),
+]
+
+
+def attempt(changes: dict[str, Any]) -> None:
+    """Builds the module and the engine as a script would."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    special = {key: value for key, value in changes.items() if "." not in key and " " in key or key in SPECIAL}
+    config = equality.ds_config(FOUR)
+    for key, value in changes.items():
+        if key not in special:
+            changed(config, key, value)
+    model_config = equality.model_config(FOUR)
+    if "experts" in special:
+        model_config = replace(model_config, n_routed_experts=special["experts"], n_group=1, topk_group=1)
+    arguments: dict[str, Any] = {"config": special.get("file", config), **special.get("argument", {})}
+    if "model axis" in special:
+        arguments["topology"] = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
+    layers = [nn.Linear(4, 4) for _ in range(3)] if LINEARS in special else deepseek_v3(model_config)
+    model = megatron_ext.PipelineModule(layers=layers, loss_fn=cross_entropy, **special.get("built", arguments))
+    megatron_ext.initialize(model=model, config=None if "no config" in special else config,
+                            mpu=object() if "mpu" in special else None)
+
+
+SPECIAL = {"built", "argument", "mpu", "file", "experts"}
+
+
+def attempt_all() -> list[tuple[str, str, int | None]]:
+    return caught([lambda changes=changes: attempt(changes) for _, changes, _ in EXAMPLES])
+
+
+@pytest.fixture(scope="module")
+def refusals(pool4: WorkerPool) -> list[list[tuple[str, str, int | None]]]:
+    return pool4.run(attempt_all)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=[name for name, *_ in EXAMPLES])
+def test_a_config_that_cannot_work_is_refused_on_every_rank(
+        number: int, refusals: list[list[tuple[str, str, int | None]]]) -> None:
+    kind, message, rank = refusals[0][number]
+    assert [found[number] for found in refusals] == [(kind, message, rank)] * 4
+    assert kind == "ConfigError" and rank is None
+    for text in EXAMPLES[number][2]:
+        assert text in message
+    assert "\n" not in message
+
+
+# -- what only some ranks can see
+
+
+class Unbuildable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        raise ConfigError("layer", 0, "cannot be built")
+
+
+def built_on_some_ranks() -> list[tuple[str, str, int | None]]:
+    from deepspeed.pipe import LayerSpec
+
+    specs = [LayerSpec(nn.Linear, 4, 4), LayerSpec(Unbuildable), LayerSpec(nn.Linear, 4, 4), LayerSpec(nn.Linear, 4, 4)]
+    return caught([lambda: megatron_ext.PipelineModule(layers=specs, num_stages=4, partition_method="uniform")])
+
+
+def test_a_layer_that_some_ranks_cannot_build_ends_all(pool4: WorkerPool) -> None:
+    found = pool4.run(built_on_some_ranks)
+    assert found == [[("ConfigError", "layer = 0: cannot be built", 1)]] * 4  # ranks 1 and 2 hold it
+
+
+def unpicklable(group: Any) -> None:
+    with agreed(group):
+        if dist.get_rank() == 1:
+            raise ConfigError("key", lambda: None, "holds what cannot travel")
+
+
+def open_data(paths: list[str], vocab_size: int) -> None:
+    """As the example does."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    args = Namespace(data=[paths[dist.get_rank()]], held_out=None, tokenizer=None, sequence_length=8)
+    with agreed(dist.group.WORLD):
+        example.open_data(args, vocab_size)
+
+
+def unusable_data(good: str, large: str, short: str) -> list[tuple[str, str, int | None]]:
+    return caught([lambda: open_data([large, large], 61), lambda: open_data([good, short], 61),
+                   lambda: open_data([good, good], 61), lambda: unpicklable(dist.group.WORLD)])
+
+
+def test_unusable_data_end_all_ranks_whoever_sees_it(pool2: WorkerPool, tmp_path: Path) -> None:
+    for name, ids in (("good", range(60)), ("large", [*range(40), 61, *range(20)]), ("short", range(60))):
+        with IndexedDatasetWriter(tmp_path / name, vocab_size=100) as writer:
+            writer.add_document(list(ids))
+    os.truncate(tmp_path / "short.bin", 30)
+    found = pool2.run(unusable_data, *(str(tmp_path / f"{n}.idx") for n in ("good", "large", "short")))
+    assert found[0] == found[1]
+    large, short, good, strange = found[0]
+    assert large[0] == "DataError" and large[2] is None
+    assert "large" in large[1] and "token id 61 at its position 40" in large[1] and "0..60" in large[1]
+    assert short[0] == "DataError" and short[2] == 1
+    assert "short.bin: is short: it has 30 bytes" in short[1] and "describes" in short[1]
+    assert good[0] == "nothing"
+    assert strange[0] == "UserError" and "holds what cannot travel" in strange[1] and strange[2] == 1
+
+
+# -- checkpoints
+
+SMALL = Case(stages=2, replicas=1, zero=1, micro_batches=2)
+
+
+def data(seed: int = 5) -> GPTDataset:
+    return GPTDataset(TokenStream(numpy.random.default_rng(seed).integers(0, 61, 200)), 8)
+
+
+def build(case: Case = SMALL, seed: int = 5, model: dict[str, Any] | None = None, **options: Any) -> Any:
+    config = {**equality.ds_config(case), **options}
+    model_config: DeepSeekV3Config = replace(equality.model_config(case), **(model or {}))
+    module = megatron_ext.PipelineModule(layers=deepseek_v3(model_config), loss_fn=cross_entropy,
+                                         partition_method="uniform", config=config)
+    return megatron_ext.initialize(model=module, training_data=data(seed), config=config)[0]
+
+
+def snapshot(engine: Any) -> list[Any]:
+    """Everything that a load may change."""
+    state = list(engine.basic_optimizer.state.values())
+    return [*(t.clone() for t in engine.module.state_dict().values()),
+            *(p.detach().clone() for g in engine.basic_optimizer.param_groups for p in g["params"]),
+            *(s[k].clone() for s in state for k in ("exp_avg", "exp_avg_sq")),
+            torch.get_rng_state(), torch.tensor([engine.global_steps, engine.training_dataloader.consumed_samples])]
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+EXPERT = "layer_2_expert_5_mp_rank_00_model_states.pt"
+MODEL = "mp_rank_00_model_states.pt"
+DAMAGES: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
+    # what happened to the folder (its checkpoint is in `one`), what the message must say
+    ("folder gone", shutil.rmtree, ("there is no such folder",)),
+    ("latest gone", lambda d: (d / "latest").unlink(), ("there is no file 'latest'", "pass tag=")),
+    ("latest dangling", lambda d: (d / "latest").write_text("two"), ("latest: names 'two', which is not here",)),
+    ("latest empty", lambda d: (d / "latest").write_text(""), ("'': is not a plain folder name",)),
+    ("latest leads out", lambda d: (d / "latest").write_text("../one"), ("'../one': is not a plain folder name",)),
+    ("shard cut short", lambda d: cut(d / "one" / SHARD), (SHARD, "bytes", "when it was saved")),
+    ("shard gone", lambda d: (d / "one" / SHARD).unlink(), (SHARD, "is missing", "megatron_ext.json lists it")),
+    ("expert gone", lambda d: (d / "one" / EXPERT).unlink(), (EXPERT, "is missing")),
+    ("a bit of an expert flipped", lambda d: flip(d / "one" / EXPERT), (EXPERT, "has other content", "CRC-32")),
+    ("a bit of the model flipped", lambda d: flip(d / "one" / MODEL), (MODEL, "has other content", "CRC-32")),
+    ("a bit of a shard flipped", lambda d: flip(d / "one" / SHARD), (SHARD, "has other content", "CRC-32")),
+    ("no manifest", lambda d: (d / "one" / native.MANIFEST).unlink(),
+     ("has no megatron_ext.json beside", "not written by megatron_ext, or its save was cut off")),
+    ("manifest cut short", lambda d: cut(d / "one" / native.MANIFEST), ("megatron_ext.json: cannot be read",)),
+    ("manifest of later", lambda d: edit(d / "one" / native.MANIFEST, format=2), ("has format 2", "reads format 1")),
+    ("manifest without placement", lambda d: edit(d / "one" / native.MANIFEST, placement={}), ("lacks placement",)),
+    ("manifest that leads out", lambda d: edit(d / "one" / native.MANIFEST, files={"../x": {"bytes": 1, "crc32": 1}}),
+     ("'../x': is not a plain folder name",)),
+]
+
+
+def stock_checkpoint(folder: Path) -> None:
+    """As DeepSpeed itself writes it."""
+    import deepspeed
+
+    config = {"train_batch_size": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+              "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=nn.Linear(4, 4), config=config)
+    engine.save_checkpoint(str(folder), tag="stock")
+
+
+def failed_loads(folder: Path) -> dict[str, Any]:
+    engine = build()
+    engine.train_batch()
+    engine.save_checkpoint(str(folder / "good"), tag="one")
+    stock_checkpoint(folder / "good")
+    dist.barrier()
+    after_the_save = [float(engine.train_batch()) for _ in range(2)]
+    before = snapshot(engine)
+
+    def load(directory: Path, tag: str | None = None, into: Any = engine, **options: Any) -> Callable[[], None]:
+        return lambda: into.load_checkpoint(str(directory), tag=tag, **options)
+
+    def damaged(number: int) -> Callable[[], None]:
+        directory = folder / f"damaged{number}"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "good", directory)
+            (directory / "latest").write_text("one")
+            DAMAGES[number][1](directory)
+        dist.barrier()
+        return load(directory)
+
+    found = caught([damaged(number) for number in range(len(DAMAGES))])
+    good = folder / "good"
+    others = [load(good, "stock"), load(good, "absent"), load(good, "../good/one"), load(good, ""),
+              load(good, "one", build(seed=6))]
+    found += caught(others)
+    unchanged = [a.equal(b) for a, b in zip(before, snapshot(engine), strict=True)]
+    others = [load(good, "one", other) for other in (
+        build(model={"moe_intermediate_size": 24}), build(replace(SMALL, zero=2)), build(replace(SMALL, zero=0)),
+        build(replace(SMALL, bf16=True)), build(optimizer={"type": "SGD", "params": {"lr": 0.1}}))]
+    found += caught(others)
+    engine.load_checkpoint(str(good), tag="one")  # none of this has done the engine any harm
+    again = [float(engine.train_batch()) for _ in range(2)]
+    return {"found": found, "unchanged": unchanged, "same": again == after_the_save}
+
+
+OTHER_LOADS: list[tuple[str, ...]] = [
+    ("stock", "has no megatron_ext.json beside mp_rank_00_model_states.pt", "not written by megatron_ext"),
+    ("absent: there is no such folder", "must name a saved checkpoint"),
+    ("'../good/one': is not a plain folder name",),
+    ("'': is not a plain folder name",),
+    ("data position", "dataset_fingerprint", "same data"),
+    ("experts.gate_proj of shape [8, 16, 32]", "this model's has [8, 24, 32]"),
+    ("was saved with zero_optimization.stage = 1", "this job has 2"),
+    ("was saved with zero_optimization.stage = 1", "this job has 0"),
+    ("was saved with bf16.enabled = False", "this job has True"),
+    ("holds the state of AdamW", "this job has SGD", "use the optimizer of the save"),
+]
+
+
+def test_a_load_that_fails_says_why_on_all_ranks_and_changes_nothing(pool2: WorkerPool, tmp_path: Path) -> None:
+    one, other = pool2.run(failed_loads, tmp_path)
+    assert all(one["unchanged"]) and all(other["unchanged"])
+    assert one["same"] and other["same"]
+    assert one["found"] == other["found"]
+    wanted = [texts for *_, texts in DAMAGES] + OTHER_LOADS
+    assert len(one["found"]) == len(wanted)
+    for (kind, message, _), texts in zip(one["found"], wanted, strict=True):
+        assert kind == ("DataError" if "data position" in texts else "CheckpointError"), message
+        for text in texts:
+            assert text in message
+    assert {rank for _, _, rank in one["found"]} > {0, 1}  # each rank checks its share of the files
+
+
+def other_layout(folder: Path) -> list[tuple[str, str, int | None]]:
+    build(FOUR).save_checkpoint(str(folder))
+    cases = [Case(stages=4, replicas=1), replace(FOUR, expert_parallel=1)]
+    return caught([lambda case=case: build(case).load_checkpoint(str(folder)) for case in cases])
+
+
+def test_a_checkpoint_of_another_layout_is_refused(pool4: WorkerPool, tmp_path: Path) -> None:
+    found = pool4.run(other_layout, tmp_path)
+    assert all(rank == found[0] for rank in found)
+    (_, stages, _), (_, experts, _) = found[0]
+    assert "was saved with stages = 2; this job has 4; change megatron_ext.pipeline.stages" in stages
+    assert "was saved with expert_parallel = 2; this job has 1; change megatron_ext.expert_parallel.size" in experts
+
+
+# -- an error on one rank, in the middle of a step
+
+
+def raise_in_a_step(where: str, rank: int, zero: int) -> None:
+    case = replace(SMALL, zero=zero, micro_batches=4)
+    engine = equality.build(case)
+    batches = equality.batches(engine, case)
+    engine.train_batch(batches)
+
+    def boom(*_: Any) -> Tensor:
+        raise KeyError(f"raised in the {where}")
+
+    if dist.get_rank() == rank:
+        if where == "loss":
+            engine.module.loss_fn = boom
+        else:  # when other parameters have their gradients already
+            engine.module.get_parameter("model.layers.0.self_attn.q_a_layernorm.weight").register_hook(boom)
+    engine.train_batch(batches)
+
+
+@pytest.mark.parametrize(("where", "rank", "zero"), [("loss", 0, 1), ("hook", 1, 1), ("hook", 1, 2), ("hook", 0, 0)])
+def test_an_error_in_a_step_comes_out_at_once(where: str, rank: int, zero: int, pool2: WorkerPool) -> None:
+    """DeepSpeed would first reduce the gradients there are, and wait for peers that wait for this rank."""
+    with pytest.raises(WorkerError, match=f"rank {rank} raised KeyError: 'raised in the {where}'"):
+        pool2.run(raise_in_a_step, where, rank, zero, timeout=20)
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+SCRIPT = """
+import sys
+import deepspeed.ops
+deepspeed.ops.__compatible_ops__ = {}  # nothing is compiled
+import torch
+torch.set_num_threads(1)
+import megatron_ext
+from megatron_ext.engine.agreement import user_errors_on_one_line
+from tests.distributed import equality
+from tests.engine import test_errors
+
+megatron_ext.init_distributed()
+with user_errors_on_one_line():
+    engine = equality.build(test_errors.SMALL)
+    data = equality.batches(engine, test_errors.SMALL)
+    engine.train_batch(data)
+    print("one step done", flush=True)
+    if sys.argv[1] == "data":
+        engine.train_batch(iter([]) if torch.distributed.get_rank() == 0 else data)
+    else:
+        test_errors.raise_in_a_step("loss", 1, 1)
+"""
+
+
+@pytest.mark.parametrize("where", ["data", "loss"])
+def test_when_one_process_fails_the_others_end_too(where: str, tmp_path: Path) -> None:
+    """Started side by side without a launcher, which would end the rest."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    common = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    processes = [subprocess.Popen([sys.executable, str(script), where], text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
+                 for r in range(2)]
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("one step done" in output for output, _ in outputs)
+    lines = [line for _, errors in outputs for line in errors.splitlines() if line.startswith("megatron_ext: ")]
+    if where == "data":
+        ended = "the data iterator ended at micro-batch 0 of 1 that a step needs"
+        assert lines[0] == f"megatron_ext: rank 0: BatchError: {ended}"
+        assert all("connection to a peer closed" in line for line in lines[1:])
+        assert "Traceback" not in outputs[0][1] + outputs[1][1]
+    else:
+        assert lines == ["megatron_ext: rank 1 failed"]
+        assert "KeyError: 'raised in the loss'" in outputs[1][1]
+        assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
+
+
+def test_the_example_under_the_launcher_ends_with_one_line(tmp_path: Path) -> None:
+    config = json.loads((EXAMPLE.parent / "pretrain_deepseek_v3.json").read_text())
+    config["megatron_ext"]["pipline"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    script = tmp_path / "no_builds.py"
+    script.write_text("import runpy, sys\nimport deepspeed.ops\ndeepspeed.ops.__compatible_ops__ = {}\n"
+                      f"sys.argv[0] = {str(EXAMPLE)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port(),
+         str(script), "--deepspeed_config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")],
+        cwd=ROOT, text=True, capture_output=True, timeout=90, env=ENVIRONMENT)
+    assert done.returncode != 0
+    assert time.monotonic() - start < 30
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "pipline" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("megatron_ext: ConfigError: megatron_ext.pipline = {}: is not a key here, where there ")
+    assert lines[0].endswith("; the nearest name is megatron_ext.pipeline")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
