@@ -114,6 +114,10 @@ _SWITCHES: Mapping[str, tuple[str, str]] = {
     "fp16.enabled": ("FP16 is not supported", 'use "bf16": {"enabled": true}'),
     "torch_autocast.enabled": ("autocast does not reach the layers of a pipeline", 'use "bf16": {"enabled": true}'),
     "expert_parallel.enabled": ("DeepSpeed's AutoEP is not supported", "set megatron_ext.expert_parallel.size"),
+    "flops_profiler.enabled": ("DeepSpeed's profiler hooks a forward that a pipeline has not", "remove the section"),
+    "curriculum_learning.enabled": ("DeepSpeed's curriculum acts in a forward that a pipeline has not",
+                                    "remove the section"),
+    "data_efficiency.enabled": ("DeepSpeed's data efficiency acts in its own loader and forward", "remove the section"),
     "hybrid_engine.enabled": ("the hybrid engine would take the place of the pipeline engine", "remove the section"),
 }
 # Refused above one.

@@ -37,6 +37,7 @@ _PLACEMENT = {"stages": "megatron_ext.pipeline.stages", "replicas": "the number 
 class CheckpointMixin:
     """`save_checkpoint` and `load_checkpoint` of the engine, with DeepSpeed's signatures."""
 
+    _data_iterator: Any
     _loading: Path | None = None
     """The folder of the checkpoint of ours that is being loaded."""
 

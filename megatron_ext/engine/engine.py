@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megatron_ext.comm.point_to_point import Messenger
-from megatron_ext.config import MegatronExtConfig, parse_section
+from megatron_ext.config import ConfigError, MegatronExtConfig, parse_section
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import gradients
 from megatron_ext.engine.checkpoint import CheckpointMixin
@@ -34,12 +35,14 @@ from megatron_ext.engine.shards import compare_first_batches
 from megatron_ext.fp8 import Precision, WeightCache
 from megatron_ext.layers.balancing import update_biases
 from megatron_ext.layers.router import Router
+from megatron_ext.parallel import agreed
 from megatron_ext.pipeline.evaluation import forward_only
-from megatron_ext.pipeline.executor import Batches, Executor
+from megatron_ext.pipeline.executor import BatchError, Batches, Executor
 from megatron_ext.pipeline.instructions import Plan
 from megatron_ext.pipeline.module import PipelineModule
 from megatron_ext.pipeline.schedules import schedule
 from megatron_ext.pipeline.timeline import Timeline
+from megatron_ext.pipeline.verifier import verify
 from megatron_ext.pipeline.weight_gradients import WeightGradients, hooked_parameters
 
 log = logging.getLogger("megatron_ext")
@@ -50,7 +53,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
 
     Attributes:
         section: the `megatron_ext` section of the config, with defaults.
-        metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of this rank's, or None).
+        metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of the model, or None).
         expert_counts: of the last step, per router of this rank by name: tokens per expert [E] over the global batch.
         timeline: of the last recorded step (see `record_next_batch`), on every rank of the recorded pipeline.
     """
@@ -98,11 +101,17 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         self._plans: dict[tuple[str, int], Plan] = {}
         self._data_iterator: Iterator[Any] | None = None
         self._batches_compared = False
+        self._failure: str | None = None
+        self._seconds = 0.0  # of training since the last printed line
         self._record = False
         self.timeline: Timeline | None = None
         self.metrics: dict[str, Any] = {}
         self.expert_counts: dict[str, Tensor] = {}
         self._split_told = False
+        if self.bfloat16_enabled() and self.zero_optimization() and not self.optimizer.use_grad_accum_attribute:
+            deepspeed.utils.log_dist(
+                "gradients are summed over micro-batches in FP32 and over replicas in BF16; for FP32 there too, set "
+                '"data_types": {"grad_accum_dtype": "fp32"} under ZeRO-1', ranks=[0])
 
     def _tell_split(self) -> None:
         """Says once, when a step has shown it, whose weight gradient the schedule cannot take apart."""
@@ -184,7 +193,9 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         total = 2 * (micro_batches or self.gradient_accumulation_steps())
         key = (self.module.schedule, total)
         if key not in self._plans:
-            self._plans[key] = schedule(self.module.schedule, stages=self.module.num_stages, micro_batches=total)
+            plan = schedule(self.module.schedule, stages=self.module.num_stages, micro_batches=total)
+            verify(plan)
+            self._plans[key] = plan
         return self._plans[key]
 
     def forward(self, *_: Any, **__: Any) -> Any:
@@ -214,45 +225,68 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
+        if self.optimizer is None:
+            raise ConfigError("optimizer", None, "a training step needs one", "give the ds_config an optimizer section")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        self.timers("train_batch").start()
+        start = time.perf_counter()
+        with self._usable():
+            loss = self._train_batch()
+        self._seconds += time.perf_counter() - start
+        self._report(loss)
+        return loss
+
+    def _train_batch(self) -> Tensor:
         self.tput_timer.start()
         plan = self.plan()
+        batches = self._training_batches()
         self.weights.begin()
         zero = bool(self.zero_optimization())
         with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
               gradients.none_left_by_an_error(self.weights.parameters)):
-            self.timers("pipeline").start()
-            outcome = self.executor.run(plan, self._batches(), self.global_steps, record=self._record)
-            self.timers("pipeline").stop()
-            self.timers("reduce_gradients").start()
+            with self._timed("pipeline"):
+                outcome = self.executor.run(plan, batches, self.global_steps, record=self._record)
             self._sum_tied()
             if zero:
                 gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
-        applied = self._step_with_zero() if zero else self._step_without_zero()
+        applied = self._step_optimizer() if zero else self._step_without_zero()
         self._balance(applied)
         loss = self._mean_loss(outcome.losses)
         self.tput_timer.stop(global_step=True)
-        self.timers("train_batch").stop()
         if self._record:
             self._gather_timeline(plan, outcome.spans)
         if not self._split_told:
             self._tell_split()
-        self._report(loss)
         return loss
 
-    def _step_with_zero(self) -> bool:
-        self.timers("reduce_gradients").stop()
-        return self._step_optimizer()
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """A step that fails leaves messages, gradients and counts behind: from then on the engine says so."""
+        if self._failure is not None:
+            raise RuntimeError(f"an earlier step failed ({self._failure}): make a new engine and load a checkpoint")
+        try:
+            yield
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """One of DeepSpeed's timers, where `wall_clock_breakdown` asks for them."""
+        timer = self.timers(name) if self.wall_clock_breakdown() else None
+        if timer is not None:
+            timer.start()
+        yield
+        if timer is not None:
+            timer.stop()
 
     def _step_without_zero(self) -> bool:
         """Reduces, clips and steps on the FP32 gradients; a step with a norm that is not finite is skipped."""
         parameters = self.weights.parameters
-        gradients.reduce_without_zero(parameters, self.process_groups)
-        norm = gradients.global_norm(parameters, self.process_groups, self.device)
-        self.timers("reduce_gradients").stop()
+        with self._timed("reduce_gradients"):
+            gradients.reduce_without_zero(parameters, self.process_groups)
+            norm = gradients.global_norm(parameters, self.process_groups, self.device)
         self._global_grad_norm = norm
         if not math.isfinite(norm.item()):
             self.skipped_steps += 1
@@ -269,13 +303,12 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
 
     def _step_optimizer(self) -> bool:
         """The optimizer and the learning rate; returns whether the step was applied."""
-        self.timers("optimizer").start()
         self.set_gradient_accumulation_boundary(True)
-        self._take_model_step(None)
+        with self._timed("optimizer"):
+            self._take_model_step(None)
         self._is_gradient_accumulation_boundary = None
         self.micro_steps += self.gradient_accumulation_steps()
         self.weight_cache.clear()
-        self.timers("optimizer").stop()
         return not getattr(self.optimizer, "overflow", False)
 
     def _sum_tied(self) -> None:
@@ -303,27 +336,27 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
 
     # -- data
 
-    def _batches(self, iterator: Iterator[Any] | None = None) -> Batches:
-        """The iterator of the direction that starts here, if one does."""
+    def _training_batches(self) -> Batches:
+        """The training data of the direction that starts here, if one does."""
+        iterator = self._data_iterator
+        if iterator is None and self.training_dataloader is not None:
+            iterator = self._data_iterator = iter(self.training_dataloader)
+        if self._batches_compared:
+            return self._by_direction(iterator, "train_batch")
+        with agreed(self.process_groups.control):  # the comparison is collective: all ranks come to it, or none
+            batches = self._by_direction(iterator, "train_batch")
+        self._batches_compared = True
+        first = compare_first_batches(iterator if batches else None, self.data_parallel_rank,
+                                      self.data_parallel_world_size, self.process_groups.control)
+        return {direction: first for direction in batches if first is not None}
+
+    def _by_direction(self, iterator: Iterator[Any] | None, asked_by: str) -> Batches:
         if not self.is_first_stage():
-            self._compare_once(None)
             return {}
         if iterator is None:
-            if self._data_iterator is None and self.training_dataloader is not None:
-                self._data_iterator = iter(self.training_dataloader)
-            iterator = self._data_iterator
-        if iterator is None:
-            raise ValueError("there is no data: give train_batch an iterator, or initialize(training_data=...)")
-        iterator = self._compare_once(iterator)
-        direction = 0 if self.module.stage_rank == 0 else 1
-        return {direction: iterator}
-
-    def _compare_once(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
-        if self._batches_compared:
-            return iterator
-        self._batches_compared = True
-        return compare_first_batches(iterator, self.data_parallel_rank, self.data_parallel_world_size,
-                                     self.process_groups.control)
+            raise BatchError(f"{asked_by}: there is no data; give it an iterator"
+                             + (", or initialize(training_data=...)" if asked_by == "train_batch" else ""))
+        return {0 if self.module.stage_rank == 0 else 1: iterator}
 
     # -- evaluation
 
@@ -341,6 +374,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
             bcast_loss: the loss is the same on every rank in any case.
             num_micro_batches: per direction; n if None.
         """
+        if reduce_output not in ("avg", None):
+            raise ConfigError("reduce_output", reduce_output, 'must be "avg" or None')
         count = num_micro_batches or self.gradient_accumulation_steps()
         placement = self.plan().placement
         key = ("evaluation", 2 * count)
@@ -348,8 +383,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
             self._plans[key] = forward_only(placement, self.module.num_stages, 2 * count)
         was_training = self.module.training
         self.module.eval()
-        batches = self._batches(data_iter)
         try:
+            batches = self._by_direction(data_iter, "eval_batch")
             outcome = self.executor.run(self._plans[key], batches, self.global_steps, training=False,
                                         keep_outputs=return_logits or not compute_loss, compute_loss=compute_loss)
         finally:

@@ -12,14 +12,17 @@ from typing import Any
 from unittest.mock import patch
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import configure_moe_param_groups, split_params_into_different_moe_groups_for_optimizer
 
 from megatron_ext.config import ConfigError, MegatronExtConfig, check_deepspeed_config, load_config, parse_section
 from megatron_ext.config.rules import resolve_batch
 from megatron_ext.engine import private
 from megatron_ext.engine.engine import PipelineEngine
-from megatron_ext.layers.router import Router
+from megatron_ext.engine.gradients import is_expert
+from megatron_ext.optimizer import AdamW
 from megatron_ext.parallel import MirroredPipelineUnit, agreed
 from megatron_ext.parallel.extensions import announce_build, check_stale_locks
 from megatron_ext.pipeline.module import PipelineModule
@@ -61,13 +64,16 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         check_deepspeed_config(ds_config, section)
         resolve_batch(ds_config, model.topology.data_parallel_size)
         _check_placement(section, model)
+        _check_optimizer(ds_config, section, optimizer)
     groups = model.groups
+    _compare_settings({**ds_config, "base_seed": model.base_seed, "partition_method": model.bounds}, groups.control)
     private.register_expert_groups(f"ep_size_{groups.topology.expert_parallel}", groups.expert_parallel,
                                    groups.expert_parallel_ranks, groups.expert_data_parallel,
                                    groups.expert_data_parallel_ranks)
-    if any(isinstance(m, Router) for m in model.modules()) or optimizer is None:
+    if optimizer is None or isinstance(optimizer, AdamW):
         # Ours is among the optimizers that ZeRO has not heard of; it is tested here.
         ds_config.setdefault("zero_allow_untested_optimizer", True)
+    optimizer = _with_expert_groups(optimizer, model)
     with patch.object(deepspeed, "DeepSpeedEngine", PipelineEngine):
         return deepspeed.initialize(args=None, model=model, optimizer=optimizer, model_parameters=model_parameters,
                                     training_data=training_data, lr_scheduler=lr_scheduler,
@@ -87,6 +93,55 @@ def init_distributed(**kwargs: Any) -> None:
         if get_accelerator().device_name() == "cpu":
             announce_build(int(os.environ.get("RANK", 0)))
     deepspeed.init_distributed(**kwargs)
+
+
+def _check_optimizer(ds_config: dict[str, Any], section: MegatronExtConfig, optimizer: Any) -> None:
+    if section.optimizer.moment_dtype is not None and optimizer is not None and not isinstance(optimizer, AdamW):
+        raise ConfigError("megatron_ext.optimizer.moment_dtype", section.optimizer.moment_dtype,
+                          f"is for the optimizer of the config, but initialize was given a {type(optimizer).__name__}",
+                          "remove one of the two, or pass megatron_ext.optimizer.AdamW")
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    if stage and optimizer is None and not ds_config.get("optimizer"):
+        raise ConfigError("zero_optimization.stage", stage, "ZeRO shards an optimizer and there is none",
+                          'add an "optimizer" section, or pass optimizer= to initialize')
+
+
+def _with_expert_groups(optimizer: Any, model: PipelineModule) -> Any:
+    """The caller's optimizer with experts in parameter groups of their own, as ZeRO needs them."""
+    if optimizer is None or not any(is_expert(p) for p in model.parameters()):
+        return optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for number, group in enumerate(optimizer.param_groups):
+            group.setdefault("name", f"group-{number}")
+        optimizer.param_groups[:] = split_params_into_different_moe_groups_for_optimizer(optimizer.param_groups)
+        return optimizer
+    return lambda parameters: optimizer(configure_moe_param_groups(parameters))
+
+
+def _compare_settings(settings: dict[str, Any], control: Any) -> None:
+    """All ranks must have read the same config: a stale file on one node would train silently wrong.
+
+    Raises:
+        ConfigError: on every rank, for the first key in which a rank differs from rank 0.
+    """
+    mine: dict[str, str] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                flatten(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            mine[prefix] = repr(value)
+
+    flatten("", settings)
+    found: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(found, mine, group=control)
+    for rank, other in enumerate(found):
+        for key in sorted(found[0].keys() | other.keys()):
+            here, there = found[0].get(key, "nothing"), other.get(key, "nothing")
+            if here != there:
+                raise ConfigError(key, there, f"rank {rank} has this and rank 0 has {here}",
+                                  "all ranks must read the same config")
 
 
 def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:

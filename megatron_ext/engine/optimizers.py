@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+from deepspeed.runtime.engine import BFLOAT16, DDP_BFLOAT16, ZERO_OPTIMIZATION
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -56,7 +56,12 @@ class OptimizerMixin:
         return AdamW(model_parameters, moment_dtype=moment_dtype or "fp32", **params)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-        """Never BF16_Optimizer: it drops the options of ZeRO, and gradients cannot be handed to it once per step."""
+        """Never BF16_Optimizer: it drops the options of ZeRO, and gradients cannot be handed to it once per step.
+
+        FP32 accumulation without ZeRO, which DeepSpeed refuses, is what the pipeline does in any case.
+        """
+        if not self.zero_optimization() and self.get_data_types() == (torch.bfloat16, torch.float32):
+            return DDP_BFLOAT16
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and self.zero_optimization() else wrapper
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from megatron_ext.layers.balancing import max_violation
 from megatron_ext.pipeline.instructions import Plan
 from megatron_ext.pipeline.timeline import Timeline
 
@@ -35,19 +35,30 @@ class ReportMixin:
             merged.update(part)
         return dict(sorted(merged.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
 
+    def _worst_violation(self) -> float:
+        """MaxVio of the model's worst layer in the last step, on every rank; -1 without experts. Collective."""
+        worst = torch.full((), -1.0, device=self.device)
+        for counts in self.expert_counts.values():
+            total = counts.sum().clamp(min=1)
+            worst = torch.maximum(worst, counts.max() * counts.numel() / total - 1)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return worst.item()
+
     def _report(self, loss: Tensor) -> None:
         """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""
         norm = self.get_global_grad_norm()
-        violations = [max_violation(c) for c in self.expert_counts.values()]
+        worst = self._worst_violation()
         self.metrics = {"loss": loss.item(), "grad_norm": None if norm is None else float(norm), "lr": self.get_lr()[0],
-                        "max_violation": max(violations, default=None)}
+                        "max_violation": None if worst < 0 else worst}
         every = self.steps_per_print()
         due = every is not None and self.global_steps % every == 0
         if due and self.global_rank == 0:
-            seconds = self.timers("train_batch").elapsed(reset=True) / 1000.0 / every
+            seconds = self._seconds / every
             log_dist(
                 f"steps: {self.global_steps} loss: {self.metrics['loss']:0.4f} iter time (s): {seconds:0.3f} "
                 f"samples/sec: {self.train_batch_size() / seconds:0.3f}", ranks=[0])
+        if due:
+            self._seconds = 0.0
         if due and self.wall_clock_breakdown():
             self.timers.log(["pipeline", "reduce_gradients", "optimizer"])
         if self.monitor.enabled and self.global_rank == 0:

@@ -75,7 +75,8 @@ def die() -> None:
 def save_go_on_and_die(case: Case, folder: Path, before: int, after: int) -> None:
     engine = build(case)
     steps(engine, before)
-    torch.manual_seed(dist.get_rank() + 7)
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(dist.get_rank() + 7)
     engine.save_checkpoint(str(folder / "checkpoints"), client_state={"note": [1, "two"]})
     torch.save({"draws": draws(), "steps": steps(engine, after), "state": equality.gather(engine)},
                folder / f"rank{dist.get_rank()}")
@@ -86,7 +87,8 @@ def save_go_on_and_die(case: Case, folder: Path, before: int, after: int) -> Non
 
 
 def resume(case: Case, folder: Path, after: int) -> dict[str, Any]:
-    torch.manual_seed(99)
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(99)
     engine = build(case)
     path, client_state = engine.load_checkpoint(str(folder / "checkpoints"))
     found = {"path": path, "note": client_state["note"], "step": engine.global_steps, "draws": draws(),

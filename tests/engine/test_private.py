@@ -1,4 +1,4 @@
-"""The list of DeepSpeed's private names is true for this DeepSpeed, complete for our engine, and notices what vanishes."""
+"""The list of DeepSpeed's private names is true for this DeepSpeed, complete for our engine, and misses what vanishes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_attribute_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     source = inspect.getsource
 
     def renamed(thing: type) -> str:
-        return source(thing).replace("use_grad_accum_attribute", "use_another").replace("has_moe_layers", "has_moe_layer")
+        return source(thing).replace("use_grad_accum_attribute", "use_another").replace("has_moe_layers", "has_moe")
 
     monkeypatch.setattr(inspect, "getsource", renamed)
     assert [line.split(":")[0] for line in private.missing()] == [
@@ -81,5 +81,5 @@ def test_every_private_name_that_the_engine_uses_is_listed() -> None:
 
 def test_every_private_method_that_the_engine_overrides_is_listed() -> None:
     ours = {name for c in PipelineEngine.__mro__ if c.__module__.startswith("megatron_ext") for name in vars(c)}
-    overridden = {name for name in ours if name.startswith("_") and not name.startswith("__")} & set(dir(DeepSpeedEngine))
-    assert overridden <= LISTED
+    private_names = {name for name in ours if name.startswith("_") and not name.startswith("__")}
+    assert private_names & set(dir(DeepSpeedEngine)) <= LISTED

@@ -1,4 +1,4 @@
-"""Sections of DeepSpeed's own config that must go on working: monitors, timers, schedulers, optimizers, ZeRO's options."""
+"""DeepSpeed's own sections keep their meaning: monitors, timers, schedulers, optimizers, ZeRO's options."""
 
 from __future__ import annotations
 
@@ -102,3 +102,95 @@ def test_a_step_that_is_not_finite_is_skipped_and_moves_no_bias(pool2: WorkerPoo
         found = pool2.run(infinite, zero)[0]
         assert found["same"] and found["skipped"] == 1
         assert 3.0 < found["loss"] < 5.0
+
+
+def client_optimizer(kind: str) -> list[float]:
+    """An optimizer of the caller's, for a model with experts, which ZeRO wants in groups of their own."""
+    case = Case()
+    config = equality.ds_config(case)
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    model = megatron_ext.PipelineModule(layers=deepseek_v3(equality.model_config(case)), loss_fn=cross_entropy,
+                                        base_seed=equality.SEED, config=config)
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=equality.LR, betas=equality.BETAS, weight_decay=equality.DECAY)
+
+    optimizer = make if kind == "callable" else make(model.parameters())
+    engine, *_ = megatron_ext.initialize(model=model, optimizer=optimizer, config=config)
+    data = equality.batches(engine, case)
+    return [float(engine.train_batch(data)) for _ in range(3)]
+
+
+def test_an_optimizer_of_the_callers_works_with_experts(pool2: WorkerPool) -> None:
+    expected = pool2.run(run, {})[0]["losses"]
+    for kind in ("callable", "instance"):
+        torch.testing.assert_close(pool2.run(client_optimizer, kind)[0], expected, rtol=1e-6, atol=0)
+
+
+def test_bf16_without_zero_takes_fp32_accumulation(pool2: WorkerPool) -> None:
+    changes = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert pool2.run(run, changes)[0]["losses"][2] < 5
+
+
+def refusals() -> list[str]:
+    found = []
+    case = Case()
+
+    def attempt(change: dict[str, Any], optimizer: Any = None) -> None:
+        config = {**equality.ds_config(case), **change}
+        model = megatron_ext.PipelineModule(layers=deepseek_v3(equality.model_config(case)), loss_fn=cross_entropy,
+                                            config=equality.ds_config(case))
+        try:
+            megatron_ext.initialize(model=model, config={k: v for k, v in config.items() if v is not None},
+                                    optimizer=optimizer)
+        except megatron_ext.UserError as error:
+            found.append(str(error))
+
+    attempt({"optimizer": None})
+    section = {**equality.ds_config(case)["megatron_ext"], "optimizer": {"moment_dtype": "bf16"}}
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    attempt({"megatron_ext": section, "optimizer": None}, sgd)
+    attempt({"gradient_clipping": 1.0 + torch.distributed.get_rank()})
+    engine = equality.build(case)
+    for wrong in (lambda: engine.eval_batch(None), lambda: engine.train_batch(), lambda: engine.train_batch(),
+                  lambda: engine.eval_batch(iter(()), reduce_output="sum"), lambda: engine(torch.zeros(1))):
+        try:
+            wrong()
+        except (megatron_ext.UserError, RuntimeError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_cannot_work_is_refused_on_every_rank(pool2: WorkerPool) -> None:
+    found = pool2.run(refusals)
+    assert found[0] == found[1]
+    no_optimizer, moments, differs, no_eval, no_data, broken, reduce, forward = found[0]
+    assert "zero_optimization.stage = 1" in no_optimizer and "there is none" in no_optimizer
+    assert "moment_dtype = 'bf16'" in moments and "SGD" in moments
+    assert differs.startswith("gradient_clipping = '2.0': rank 1 has this and rank 0 has 1.0")
+    assert "eval_batch: there is no data" in no_eval
+    assert "train_batch: there is no data" in no_data and "training_data" in no_data
+    assert "an earlier step failed" in broken
+    assert "reduce_output = 'sum'" in reduce
+    assert "train_batch()" in forward
+
+
+def evaluate_first() -> tuple[float, float, int]:
+    """Evaluation data that are the same on every shard are nobody's mistake; training data are compared all the same."""
+    case = Case()
+    engine = equality.build(case)
+
+    def same() -> Any:
+        while True:
+            yield equality.micro_batch(0, 0)
+
+    loss = float(engine.eval_batch(same()))
+    each = engine.eval_batch(same(), reduce_output=None)
+    return loss, float(each.mean()), each.numel()
+
+
+def test_evaluation_reads_what_it_is_given(pool2: WorkerPool) -> None:
+    loss, mean, count = pool2.run(evaluate_first)[0]
+    assert count == 4
+    assert abs(loss - mean) < 1e-6

@@ -60,6 +60,41 @@ def test_bf16_is_multiplied_in_fp32_and_rounded_once() -> None:
     assert torch.equal(linear(x, weight), (x.float() @ weight.float().T).bfloat16())
 
 
+def test_a_bias_is_added_without_promotion() -> None:
+    x, weight, bias = torch.randn(3, 5).bfloat16(), torch.randn(7, 5).bfloat16(), torch.randn(7)
+    assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_autocast_chooses_the_dtype() -> None:
+    torch.manual_seed(0)
+    layer, theirs = Linear(5, 7), torch.nn.Linear(5, 7)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x), theirs(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert y.equal(expected)
+    (y.float() + expected.float()).sum().backward()
+    assert layer.weight.grad.equal(theirs.weight.grad)
+    assert layer.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert layer(x).dtype == torch.float32
+
+
+def test_a_compiled_layer_is_plain_autograd() -> None:
+    """Tracing would fix the sink that the parameter has while the trace is made."""
+    torch.manual_seed(0)
+    layer, x = Linear(5, 7), torch.randn(3, 5)
+    layer.weight.weight_grad_sink = lambda p, accumulate: pytest.fail("a compiled layer called the sink")
+    torch.compile(layer, backend="eager", fullgraph=True)(x).sum().backward()
+    assert layer.weight.grad.equal(x.sum(0).expand(7, 5))
+
+
+def test_dtypes_that_differ_are_torchs_error() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.randn(3, 5), torch.randn(7, 5).bfloat16())
+
+
 def test_precision_linear_starts_as_hugging_face_does() -> None:
     torch.manual_seed(0)
     layer = PrecisionLinear(200, 300, bias=True, std=0.05)
