@@ -1,5 +1,5 @@
 """Checkpoints on disk."""
 
-from megatron_ext.checkpoint.native import CheckpointError
+from megatron_ext.config.errors import CheckpointError
 
 __all__ = ["CheckpointError"]

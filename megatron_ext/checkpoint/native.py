@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.config.errors import UserError
+from megatron_ext.config.errors import CheckpointError
 
 MANIFEST = "megatron_ext.json"
 UNFINISHED = ".unfinished"
@@ -34,13 +34,6 @@ FORMAT = 1
 _REPLACED = ".replaced"
 _PLACEMENT = ("stages", "replicas", "expert_parallel", "bounds")
 _EXPERTS = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<matrix>\w+)$")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, broken, of somebody else, or of another layout."""
-
-    def __init__(self, path: Path | str, found: str, rule: str, hint: str | None = None):
-        super().__init__(f"checkpoint {path}: {found}; {rule}" + (f"; {hint}" if hint else ""))
 
 
 def check_tag(tag: str) -> str:

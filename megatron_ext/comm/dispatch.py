@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_ext.comm.wire import FORMATS, decode, encode, row_bytes
 from megatron_ext.config.errors import UserError
+from megatron_ext.kernels.registry import AUTO
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,12 +92,14 @@ class Dispatcher:
         ep: where they live; without a group nothing is sent, but rows are rounded as if.
         dispatch_dtype: `model`, `bf16` or `fp8`.
         combine_dtype: `model` or `bf16`.
+        backend: of the kernels that quantise for `fp8`.
     """
 
     num_experts: int
     ep: ExpertParallel
     dispatch_dtype: str = "model"
     combine_dtype: str = "model"
+    backend: str = AUTO
 
     def plan(self, experts: Tensor, x: Tensor) -> DispatchPlan:
         """Agrees with the group on who sends what.
@@ -209,14 +212,15 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: DispatchPlan, way: Dispatcher) -> Tensor:
         ctx.plan, ctx.way = plan, way
-        rows = way.rows_to_experts(encode(x, way.dispatch_dtype), plan, tokens=True)
-        return decode(rows, way.dispatch_dtype, x.shape[-1], x.dtype)
+        rows = way.rows_to_experts(encode(x, way.dispatch_dtype, way.backend), plan, tokens=True)
+        return decode(rows, way.dispatch_dtype, x.shape[-1], x.dtype, way.backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         plan, way = ctx.plan, ctx.way
-        rows = way.rows_to_tokens(encode(dy, way.combine_dtype), plan)
-        copies = decode(rows, way.combine_dtype, dy.shape[-1], dy.dtype).unflatten(0, (-1, plan.experts_per_token))
+        rows = way.rows_to_tokens(encode(dy, way.combine_dtype, way.backend), plan)
+        copies = decode(rows, way.combine_dtype, dy.shape[-1], dy.dtype, way.backend)
+        copies = copies.unflatten(0, (-1, plan.experts_per_token))
         return copies.sum(1, dtype=_accumulator(dy.dtype)).to(dy.dtype), None, None
 
 
@@ -224,14 +228,15 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, plan: DispatchPlan, way: Dispatcher) -> Tensor:
         ctx.plan, ctx.way = plan, way
-        rows = way.rows_to_tokens(encode(y, way.combine_dtype), plan)
-        return decode(rows, way.combine_dtype, y.shape[-1], y.dtype).unflatten(0, (-1, plan.experts_per_token))
+        rows = way.rows_to_tokens(encode(y, way.combine_dtype, way.backend), plan)
+        copies = decode(rows, way.combine_dtype, y.shape[-1], y.dtype, way.backend)
+        return copies.unflatten(0, (-1, plan.experts_per_token))
 
     @staticmethod
     def backward(ctx: Any, dcopies: Tensor) -> tuple[Tensor, None, None]:
         plan, way = ctx.plan, ctx.way
-        rows = way.rows_to_experts(encode(dcopies.flatten(0, 1), way.dispatch_dtype), plan, tokens=False)
-        return decode(rows, way.dispatch_dtype, dcopies.shape[-1], dcopies.dtype), None, None
+        rows = way.rows_to_experts(encode(dcopies.flatten(0, 1), way.dispatch_dtype, way.backend), plan, tokens=False)
+        return decode(rows, way.dispatch_dtype, dcopies.shape[-1], dcopies.dtype, way.backend), None, None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -168,13 +168,20 @@ class _Outbox:
         self.previous = spec
 
     def acknowledge(self, count: int) -> None:
-        """Lets go of the messages that the peer has, `count` since the beginning."""
-        while self.arrived < count:
+        """Lets go of the messages that the peer has, `count` since the beginning.
+
+        Elsewhere than over gloo that only says that the peer's host has the header, and waiting would hold up the
+        computations after it on this device: those payloads stay until their transfer is seen to be done.
+        """
+        while self.arrived < count and (self.line.host.type == "cpu" or self._done()):
             self._let_go()
 
     def finish(self) -> None:
         while self.under_way:
             self._let_go()
+
+    def _done(self) -> bool:
+        return all(work.is_completed() for work in self.under_way[0][0][1:])
 
     def _let_go(self) -> None:
         works, _ = self.under_way.popleft()
@@ -239,19 +246,22 @@ class Messenger:
     """All channels of this rank.
 
     Args:
-        groups: payload group per channel name (kind and direction, "F0"), in the same order on all ranks; on gloo they
-            may all be one.
+        groups: payload group per channel name (kind and direction, "F0"), in the same order on all ranks, or one per
+            peer of the channel; over gloo they may all be one.
         control: a gloo group over all ranks, for headers.
         device: where payloads live.
     """
 
-    def __init__(self, groups: Mapping[str, ProcessGroup], control: ProcessGroup, device: torch.device):
+    def __init__(self, groups: Mapping[str, ProcessGroup | Mapping[int, ProcessGroup]], control: ProcessGroup,
+                 device: torch.device):
         self.groups, self.control, self.device = groups, control, device
         self._outboxes: dict[tuple[str, int], _Outbox] = {}
         self._inboxes: dict[tuple[str, int], _Inbox] = {}
 
     def _line(self, name: str, peer: int) -> _Line:
-        return _Line(peer, 2 * list(self.groups).index(name), self.groups[name], self.control, self.device)
+        group = self.groups[name]
+        payload = group[peer] if isinstance(group, Mapping) else group
+        return _Line(peer, 2 * list(self.groups).index(name), payload, self.control, self.device)
 
     def _outbox(self, key: Key, peer: int) -> _Outbox:
         where = (f"{key.kind}{key.direction}", peer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext import fp8
+from megatron_ext.kernels.registry import AUTO
 
 FORMATS = ("model", "bf16", "fp8")
 TILE = 128
@@ -23,19 +24,22 @@ def row_bytes(wire: str, hidden: int, dtype: torch.dtype) -> int:
     return {"model": hidden * dtype.itemsize, "bf16": 2 * hidden, "fp8": hidden + -(-hidden // TILE)}[wire]
 
 
-def encode(x: Tensor, wire: str) -> Tensor:
-    """[R, h] in the model's dtype -> [R, b] uint8, contiguous. No copy if `wire` is `model` and x is contiguous."""
+def encode(x: Tensor, wire: str, backend: str = AUTO) -> Tensor:
+    """[R, h] in the model's dtype -> [R, b] uint8, contiguous. No copy if `wire` is `model` and x is contiguous.
+
+    `backend` is that of the kernels which quantise; all of them write the same bytes.
+    """
     if wire == "model":
         return x.contiguous().view(torch.uint8)
     if wire == "bf16":
         return x.to(torch.bfloat16).contiguous().view(torch.uint8)
-    quantized = fp8.quantize(x, block=(1, TILE), power_of_two=True)
+    quantized = fp8.quantize(x, block=(1, TILE), power_of_two=True, backend=backend)
     # A power of two is its FP32 exponent field.
     exponents = (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
     return torch.cat((quantized.data.view(torch.uint8), exponents), dim=-1)
 
 
-def decode(rows: Tensor, wire: str, hidden: int, dtype: torch.dtype) -> Tensor:
+def decode(rows: Tensor, wire: str, hidden: int, dtype: torch.dtype, backend: str = AUTO) -> Tensor:
     """The inverse: [R, b] uint8, contiguous -> [R, h] in `dtype`."""
     if wire == "model":
         return rows.view(dtype)
@@ -44,4 +48,4 @@ def decode(rows: Tensor, wire: str, hidden: int, dtype: torch.dtype) -> Tensor:
     data, exponents = rows.split((hidden, rows.shape[-1] - hidden), dim=-1)
     scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     data = data.contiguous().view(torch.float8_e4m3fn)
-    return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize(dtype)
+    return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize(dtype, backend=backend)

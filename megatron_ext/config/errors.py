@@ -6,6 +6,7 @@ the reader can mend it without opening our source. Whatever else goes wrong is a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -45,3 +46,22 @@ class ConfigError(UserError):
         self.key, self.value, self.rule, self.hint = key, value, rule, hint
         message = f"{key} = {value!r}: {rule}"
         super().__init__(message if hint is None else f"{message}; {hint}")
+
+
+class CheckpointError(UserError):
+    """A checkpoint, ours or Hugging Face's, that cannot be read or written, or is not of this model.
+
+    Args:
+        path: the file or folder.
+        found: what is wrong with it, or with the tensor, as a clause without a full stop.
+        rule: the rule it breaks, where that does not go without saying.
+        hint: what to do about it, if that is known.
+        tensor: the tensor concerned, if it is one.
+    """
+
+    def __init__(
+        self, path: Path | str, found: str, rule: str | None = None, hint: str | None = None, *, tensor: str | None = None
+    ):
+        self.path, self.found, self.rule, self.hint, self.tensor = path, found, rule, hint, tensor
+        subject = "" if tensor is None else f"tensor {tensor} "
+        super().__init__("; ".join([f"checkpoint {path}: {subject}{found}", *filter(None, (rule, hint))]))

@@ -14,6 +14,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,9 +27,9 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.data.errors import DataError
 from megatron_ext.data.permutation import Permutation
 from megatron_ext.data.stream import TokenStream
+from megatron_ext.models.loss import IGNORED_LABEL
 
-IGNORED_LABEL = -100
-"""The label of a position that no loss counts; torch's cross entropy ignores the same one by default."""
+_MASK_CHUNK = 1 << 20
 
 
 class SizedDataset(Protocol):
@@ -105,10 +106,18 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         """`TokenStream.check_ids` of the stream: every id, once, before training."""
         self.stream.check_ids(vocab_size, shard, num_shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what the samples are and in which order; a loader compares it before it resumes."""
-        return hashlib.sha256(f"{self.stream.fingerprint} {self.sequence_length}".encode()).hexdigest()
+        """SHA-256 (hex) of what the samples are, in which order and which labels count; a loader compares it before it
+        resumes."""
+        found = hashlib.sha256(f"{self.stream.fingerprint} {self.sequence_length}".encode())
+        if self.mask_document_starts:
+            found.update(b" document starts masked")
+        if self.loss_mask is not None:
+            found.update(b" loss mask ")
+            for first in range(0, len(self.loss_mask), _MASK_CHUNK):
+                found.update(np.packbits(np.asarray(self.loss_mask[first : first + _MASK_CHUNK]) != 0))
+        return found.hexdigest()
 
 
 class BlendedDataset(Dataset[Any]):

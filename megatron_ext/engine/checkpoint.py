@@ -32,6 +32,8 @@ log = logging.getLogger("megatron_ext")
 
 _PLACEMENT = {"stages": "megatron_ext.pipeline.stages", "replicas": "the number of ranks",
               "expert_parallel": "megatron_ext.expert_parallel.size"}
+_SCHEDULED = ("lr", "betas", "momentum")
+"""What learning-rate schedulers set in an optimizer's parameter groups, for the step to come."""
 
 
 class CheckpointMixin:
@@ -109,13 +111,16 @@ class CheckpointMixin:
                 "device": None if self.device.type == "cpu" else get_accelerator().get_rng_state(),
                 "numpy": (name, internal.tolist(), *rest), "python": random.getstate(),
                 "data": loader.state_dict() if self.is_first_stage() and hasattr(loader, "state_dict") else None,
-                "optimizer": self._optimizer_layout()}
+                "optimizer": self._optimizer_layout(),
+                "scheduled": [{k: group[k] for k in _SCHEDULED if k in group} for group in self._parameter_groups()]}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return getattr(self.basic_optimizer, "param_groups", [])
 
     def _optimizer_layout(self) -> dict[str, Any]:
         """The optimizer's class, and the elements of each of its parameter groups on this rank."""
-        groups = getattr(self.basic_optimizer, "param_groups", [])
         return {"type": type(self.basic_optimizer).__name__,
-                "groups": [sum(p.numel() for p in group["params"]) for group in groups]}
+                "groups": [sum(p.numel() for p in group["params"]) for group in self._parameter_groups()]}
 
     def _save_moe_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any] | None = None,
                              exclude_frozen_parameters: bool = False) -> None:
@@ -190,6 +195,10 @@ class CheckpointMixin:
             self._load_unoptimized(Path(path).parent)
         elif not load_module_only:
             self._restore_rank_state(state)
+            if load_lr_scheduler_states and self.lr_scheduler is not None:
+                # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
+                for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):
+                    group.update(saved)
         return path, client_state
 
     def _check_universal(self, directory: Path, tag: str | None) -> str:

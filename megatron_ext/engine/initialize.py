@@ -65,6 +65,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         resolve_batch(ds_config, model.topology.data_parallel_size)
         _check_placement(section, model)
         _check_optimizer(ds_config, section, optimizer)
+        if optimizer is not None or ds_config.get("optimizer"):
+            _check_trainable(model)
     groups = model.groups
     _compare_settings({**ds_config, "base_seed": model.base_seed, "partition_method": model.bounds}, groups.control)
     private.register_expert_groups(f"ep_size_{groups.topology.expert_parallel}", groups.expert_parallel,
@@ -153,3 +155,11 @@ def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:
             raise ConfigError(f"megatron_ext.{key}", asked,
                               f"the PipelineModule was built with {built!r}; the placement is fixed when it is built",
                               "change one of the two, or give PipelineModule the same config=")
+
+
+def _check_trainable(model: PipelineModule) -> None:
+    """torch's optimizers refuse to be made for nothing, and those of the other ranks would wait."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("layers", model.bounds,
+                          f"stages {model.stages} have no trainable parameters, and an optimizer needs some",
+                          "choose another partition_method or fewer stages")

@@ -1,6 +1,6 @@
 """Linear layers of many experts at once: rows sorted by expert, one weight per expert, in FP8 or not.
 
-The quantised form is `QuantizedLinear` with groups (tiles along the tokens never straddle experts). The other is a
+The quantised form is that of fp8/linear.py with groups (tiles along the tokens never straddle experts). The other is a
 plain matrix product per expert in the model's dtype, what a loop over `x[e] @ weight[e].T` gives, on which comparisons
 with an unquantised model rest. Experts without tokens, and no tokens at all, are ordinary.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.fp8.linear import QuantizedLinear
+from megatron_ext.fp8.linear import QuantizedInput, multiply
 from megatron_ext.fp8.precision import Precision
 from megatron_ext.fp8.weight_grad import deliver
 from megatron_ext.kernels.layout import host_sizes
@@ -64,12 +64,16 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(
-    x: Tensor, group_sizes: Sequence[int] | Tensor, weight: Tensor, *, precision: Precision | None = None
+    x: Tensor | QuantizedInput,
+    group_sizes: Sequence[int] | Tensor,
+    weight: Tensor,
+    *,
+    precision: Precision | None = None,
 ) -> Tensor:
     """y_e = x_e W[e]^T for every expert e, with a separable weight gradient.
 
     Args:
-        x: [T, K], BF16 or FP32, rows sorted by expert.
+        x: [T, K], BF16 or FP32, rows sorted by expert; or `quantize_input` of it, which several products share.
         group_sizes: [E] rows of each expert, summing to T; a list, or an int64 tensor (on a GPU that synchronises).
         weight: [E, N, K]. A sink on it gets one closure, which adds to main_grad[e] of every expert with tokens.
         precision: `fp8` chooses quantised or plain products; backend and weight cache. None quantises, as in `linear`.
@@ -78,15 +82,19 @@ def grouped_linear(
         [T, N] in the dtype of x, part of the autograd graph even if T is 0.
 
     Raises:
-        ConfigError: shapes or sizes that do not fit, or a backend that cannot run here.
+        ConfigError: shapes or sizes that do not fit, a quantised x with `precision.fp8` off, or a backend that cannot
+            run here.
     """
     precision = precision or Precision(fp8=True)
     groups = host_sizes(group_sizes)
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
-        raise ConfigError("x", list(x.shape), f"must be [T, K] for a weight [E, N, K] = {list(weight.shape)}")
-    if len(groups) != weight.shape[0] or sum(groups) != x.shape[0] or min(groups, default=0) < 0:
-        rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {x.shape[0]}"
+    given = x.x if isinstance(x, QuantizedInput) else x
+    if given.dim() != 2 or weight.dim() != 3 or given.shape[1] != weight.shape[2]:
+        raise ConfigError("x", list(given.shape), f"must be [T, K] for a weight [E, N, K] = {list(weight.shape)}")
+    if len(groups) != weight.shape[0] or sum(groups) != given.shape[0] or min(groups, default=0) < 0:
+        rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {given.shape[0]}"
         raise ConfigError("group_sizes", groups, rule)
     if precision.fp8:
-        return QuantizedLinear.apply(x, weight, None, groups, precision)
+        return multiply(x, weight, None, groups, precision)
+    if isinstance(x, QuantizedInput):
+        raise ConfigError("precision.fp8", False, "x is quantised already", "give the precision that quantised it")
     return _GroupedLinear.apply(x, weight, groups)

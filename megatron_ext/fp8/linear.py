@@ -14,6 +14,7 @@ form [T, K], [E, N, K], [T, N].
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,15 +39,47 @@ def _weight_operands(weight: Tensor, precision: Precision) -> Any:
     return build() if precision.weights is None else precision.weights.get(weight, backend, build)
 
 
+@dataclass(frozen=True)
+class QuantizedInput:
+    """The input of several layers: itself, for autograd, and the one FP8 copy that all of them multiply and keep.
+
+    Attributes:
+        x: [..., K] in the model's dtype; no layer keeps it.
+        data: [T, K] float8_e4m3fn.
+        scale: [T, ceil(K / 128)] FP32, powers of two.
+    """
+
+    x: Tensor
+    data: Tensor
+    scale: Tensor
+
+
+def quantize_input(x: Tensor, precision: Precision | None) -> Tensor | QuantizedInput:
+    """x [..., K] as `linear` and `grouped_linear` take it: quantised once, however many of them it is given to.
+
+    Returns x itself if `precision` is None or does not quantise, so that a layer need not ask.
+    """
+    if precision is None or not precision.fp8:
+        return x
+    x_TK = x.detach().reshape(-1, x.shape[-1])
+    return QuantizedInput(x, *call("quantize", x_TK, TILE, True, backend=precision.backend))
+
+
 class QuantizedLinear(torch.autograd.Function):
-    """y = x W^T, or for every group of tokens e: y_e = x_e W[e]^T."""
+    """y = x W^T, or for every group of tokens e: y_e = x_e W[e]^T; `data` and `scale` are x quantised."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TK: Tensor, weight: Tensor, bias: Tensor | None, groups: list[int] | None, precision: Precision
+        ctx: Any,
+        x_TK: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        data: Tensor,
+        scale: Tensor,
+        groups: list[int] | None,
+        precision: Precision,
     ) -> Tensor:
-        backend = precision.backend
-        x8 = call("quantize", x_TK, TILE, True, backend=backend)
+        backend, x8 = precision.backend, (data, scale)
         forward_weight, _ = _weight_operands(weight, precision)
         if groups is None:
             y = call("gemm_nt", *x8, *forward_weight, backend=backend)
@@ -59,7 +92,7 @@ class QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         groups, backend = ctx.groups, ctx.precision.backend
         _, *x8 = ctx.saved_tensors  # the weight is saved for autograd's check that nobody has changed it since
         dx = dweight = dbias = None
@@ -87,14 +120,16 @@ class QuantizedLinear(torch.autograd.Function):
             # Summed now: [N] waits for the sink, where a closure over dy would keep all of [T, N].
             total = dy_TN.sum(0, dtype=torch.promote_types(ctx.bias.dtype, torch.float32))
             dbias = deliver(ctx.bias, lambda main_grad: main_grad.add_(total))
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: Precision | None = None) -> Tensor:
+def linear(
+    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None = None, *, precision: Precision | None = None
+) -> Tensor:
     """y = x W^T + b with every operand in FP8 and a separable weight gradient.
 
     Args:
-        x: [..., K], BF16 or FP32 (any floating dtype on a CPU).
+        x: [..., K], BF16 or FP32 (any floating dtype on a CPU); or `quantize_input` of it, which several layers share.
         weight: [N, K]; neither N nor K has to be a multiple of 128.
         bias: [N] or None, added in FP32.
         precision: backend and weight cache; None is the automatic backend and no cache.
@@ -109,7 +144,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: 
     precision = precision or Precision(fp8=True)
     if not precision.fp8:
         raise ConfigError("precision.fp8", False, "fp8.linear always quantises", "use megatron_ext.layers.linear")
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
-        raise ConfigError("x", list(x.shape), f"must be [..., K] for a weight [N, K] = {list(weight.shape)}")
-    y = QuantizedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, None, precision)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    given = x.x if isinstance(x, QuantizedInput) else x
+    if weight.dim() != 2 or given.shape[-1] != weight.shape[-1]:
+        raise ConfigError("x", list(given.shape), f"must be [..., K] for a weight [N, K] = {list(weight.shape)}")
+    return multiply(x, weight, bias, None, precision).view(*given.shape[:-1], weight.shape[0])
+
+
+def multiply(
+    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None, groups: list[int] | None, precision: Precision
+) -> Tensor:
+    """`QuantizedLinear` of operands already checked: [..., K] -> [T, N]."""
+    operand = x if isinstance(x, QuantizedInput) else quantize_input(x, precision)
+    assert isinstance(operand, QuantizedInput)
+    x_TK = operand.x.reshape(-1, operand.x.shape[-1])
+    return QuantizedLinear.apply(x_TK, weight, bias, operand.data, operand.scale, groups, precision)

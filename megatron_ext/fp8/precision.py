@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.kernels.registry import AUTO
+from megatron_ext.kernels.registry import AUTO, OPERATORS
 
 DispatchDtype = Literal["model", "bf16", "fp8"]
 CombineDtype = Literal["model", "bf16"]
@@ -63,7 +63,8 @@ class Precision:
         weights: where quantised weights live for a step; None quantises them at each call.
 
     Raises:
-        ConfigError: a dtype that is none of these.
+        ConfigError: a dtype that is none of these, or a backend that there is not on any device (`check_backend` tells
+            about one device).
     """
 
     fp8: bool = False
@@ -76,3 +77,6 @@ class Precision:
         for name, kind in (("dispatch_dtype", DispatchDtype), ("combine_dtype", CombineDtype)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(get_args(kind))}")
+        if self.backend not in (names := (AUTO, *OPERATORS.backends)):
+            hint = f"available here: {', '.join(names)}"
+            raise ConfigError("kernels.backend", self.backend, "there is no backend of that name", hint)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from megatron_ext import fp8
 from megatron_ext.fp8 import Precision
 from megatron_ext.kernels.matmul import compute_dtype
 from megatron_ext.layers.linear import PrecisionLinear
@@ -60,14 +61,15 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, h] -> [B, T, h], in the dtype of x."""
+        shared = fp8.quantize_input(x, self.kv_a_proj_with_mqa.precision)
         if self.q_lora_rank is None:
-            q = self.q_proj(x)
+            q = self.q_proj(shared)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(shared)))
         q_BHTD = rearrange(q, "b t (h d) -> b h t d", h=self.heads)
         q_nope, q_rope = q_BHTD.split((self.nope, self.rope), dim=-1)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(shared).split((self.latent, self.rope), dim=-1)
         kv = rearrange(self.kv_b_proj(self.kv_a_layernorm(latent)), "b t (h d) -> b h t d", h=self.heads)
         k_nope, v_BHTV = kv.split((self.nope, self.value), dim=-1)
 

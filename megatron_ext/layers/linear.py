@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext import fp8
-from megatron_ext.fp8 import Precision
+from megatron_ext.fp8 import Precision, QuantizedInput
+from megatron_ext.fp8.weight_grad import deliver
 from megatron_ext.kernels.matmul import accumulate_matmul, matmul
 
 WeightGrad = Callable[[Tensor], None]
@@ -55,18 +56,10 @@ class _Linear(torch.autograd.Function):
             def accumulate_weight(main_grad: Tensor) -> None:
                 accumulate_matmul(main_grad, dy_TN.t(), x_TK)
 
-            sink = getattr(ctx.weight, "weight_grad_sink", None)
-            if sink is None:
-                dweight = matmul(dy_TN.t(), x_TK)
-            else:
-                sink(ctx.weight, accumulate_weight)
+            dweight = deliver(ctx.weight, accumulate_weight)
         if needs_bias:
-            sink = getattr(ctx.bias, "weight_grad_sink", None)
             dy_TN = dy.reshape(-1, dy.shape[-1])
-            if sink is None:
-                dbias = dy_TN.sum(0)
-            else:
-                sink(ctx.bias, lambda main_grad: main_grad.add_(dy_TN.sum(0, dtype=main_grad.dtype)))
+            dbias = deliver(ctx.bias, lambda main_grad: main_grad.add_(dy_TN.sum(0, dtype=main_grad.dtype)))
         return dx, dweight, dbias
 
 
@@ -132,8 +125,8 @@ class PrecisionLinear(Linear):
         """Takes effect from the next forward."""
         self.precision = precision
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N], in the dtype of x."""
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """[..., K] -> [..., N], in the dtype of x; quantised already only where the precision is FP8."""
         if self.precision is not None and self.precision.fp8:
             return fp8.linear(x, self.weight, self.bias, precision=self.precision)
         return linear(x, self.weight, self.bias)

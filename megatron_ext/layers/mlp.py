@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ext import fp8
 from megatron_ext.fp8 import Precision
 from megatron_ext.layers.linear import PrecisionLinear
 from megatron_ext.layers.protocol import LayerConfig
@@ -35,4 +36,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h], in the dtype of x."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        shared = fp8.quantize_input(x, self.gate_proj.precision)
+        return self.down_proj(F.silu(self.gate_proj(shared)) * self.up_proj(shared))

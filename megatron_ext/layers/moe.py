@@ -50,7 +50,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.set_precision(precision)
         self.dispatcher = replace(self.dispatcher, dispatch_dtype=precision.dispatch_dtype,
-                                  combine_dtype=precision.combine_dtype)
+                                  combine_dtype=precision.combine_dtype, backend=precision.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, h] -> [B, T, h], in the dtype of x. All ranks of the expert group must call it together."""

@@ -11,11 +11,12 @@ Shape letters: N tokens, E experts, k experts of a token, G groups, h hidden siz
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.layers.protocol import LayerConfig
@@ -34,6 +35,49 @@ class Routing(NamedTuple):
 
     weights: Tensor
     experts: Tensor
+
+
+def check_routing(config: LayerConfig) -> tuple[int, int]:
+    """The groups of experts, and how many of them a token can reach: 1 and 1 where there are none.
+
+    Raises:
+        ConfigError: for an unknown method, or groups that cannot hold k experts.
+    """
+    if config.scoring_func not in SCORING_FUNCTIONS:
+        raise ConfigError("scoring_func", config.scoring_func, f"must be one of {', '.join(SCORING_FUNCTIONS)}")
+    if config.topk_method not in TOPK_METHODS:
+        raise ConfigError("topk_method", config.topk_method, f"must be one of {', '.join(TOPK_METHODS)}")
+    if config.topk_method == "greedy":  # looks at all experts, whatever the groups say
+        groups = chosen = 1
+    else:
+        groups = config.n_group or 1
+        chosen = config.topk_group or groups
+    experts = config.n_routed_experts
+    if experts % groups:
+        raise ConfigError("n_group", groups, f"must divide n_routed_experts = {experts}")
+    if not 1 <= chosen <= groups:
+        raise ConfigError("topk_group", chosen, f"must be 1 to n_group = {groups}")
+    reachable = chosen * (experts // groups)
+    if not 1 <= config.num_experts_per_tok <= reachable:
+        raise ConfigError("num_experts_per_tok", config.num_experts_per_tok,
+                          f"must be 1 to {reachable}, the experts in the {chosen} of {groups} groups of a token")
+    return groups, chosen
+
+
+class _Logits(torch.autograd.Function):
+    """x W^T in FP32. Plain autograd would keep x in FP32; this keeps it in the model's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = (dy @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, (dy.t() @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -66,7 +110,7 @@ class Router(nn.Module):
         count_tokens: False keeps a forward out of the count; the executor clears it for recomputation.
 
     Raises:
-        ConfigError: for an unknown method, or groups that cannot hold k experts.
+        ConfigError: see `check_routing`.
     """
 
     e_score_correction_bias: Tensor | None
@@ -80,11 +124,8 @@ class Router(nn.Module):
         self.method: str = config.topk_method
         self.normalise: bool = bool(config.norm_topk_prob)
         self.scale: float = config.routed_scaling_factor
-        grouped = self.method != "greedy"
-        self.groups: int = (config.n_group or 1) if grouped else 1
-        self.groups_per_token: int = (config.topk_group or self.groups) if grouped else 1
+        self.groups, self.groups_per_token = check_routing(config)
         self.count_tokens = True
-        self._check()
 
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
@@ -93,20 +134,6 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
         self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
-    def _check(self) -> None:
-        if self.scoring_function not in SCORING_FUNCTIONS:
-            raise ConfigError("scoring_func", self.scoring_function, f"must be one of {', '.join(SCORING_FUNCTIONS)}")
-        if self.method not in TOPK_METHODS:
-            raise ConfigError("topk_method", self.method, f"must be one of {', '.join(TOPK_METHODS)}")
-        if self.num_experts % self.groups:
-            raise ConfigError("n_group", self.groups, f"must divide n_routed_experts = {self.num_experts}")
-        if not 1 <= self.groups_per_token <= self.groups:
-            raise ConfigError("topk_group", self.groups_per_token, f"must be 1 to n_group = {self.groups}")
-        reachable = self.groups_per_token * (self.num_experts // self.groups)
-        if not 1 <= self.experts_per_token <= reachable:
-            raise ConfigError("num_experts_per_tok", self.experts_per_token,
-                              f"must be 1 to {reachable}, the experts in the {self.groups_per_token} groups of a token")
-
     def forward(self, x: Tensor) -> Routing:
         """Routes tokens.
 
@@ -114,7 +141,7 @@ class Router(nn.Module):
             x: [N, h] in any floating dtype.
         """
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = _Logits.apply(x, self.weight)
             scores = logits.sigmoid() if self.scoring_function == "sigmoid" else logits.softmax(dim=-1)
             experts = self._choose(scores.detach())
             weights = self._weigh(scores.gather(-1, experts))

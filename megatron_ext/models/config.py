@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.layers.rope import YarnScaling
+from megatron_ext.layers.router import check_routing
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ class DeepSeekV3Config:
         if self.rope_scaling is not None:
             _check_yarn(self.rope_scaling)
         _check_sizes(self)
-        _check_routing(self)
+        check_routing(self)
+        _check_families(self)
 
     @property
     def model_type(self) -> str:
@@ -258,21 +260,9 @@ def _check_sizes(config: DeepSeekV3Config) -> None:
         raise ConfigError("rope_theta", config.rope_theta, "must exceed 1")
 
 
-def _check_routing(config: DeepSeekV3Config) -> None:
-    methods = {"sigmoid": ("noaux_tc",), "softmax": ("greedy", "group_limited_greedy")}
-    if config.scoring_func not in methods:
-        raise ConfigError("scoring_func", config.scoring_func, f"must be one of {', '.join(methods)}")
-    if config.topk_method not in (allowed := methods[config.scoring_func]):
+def _check_families(config: DeepSeekV3Config) -> None:
+    """The layers mix scores and choices at will; a model is V3 or V2."""
+    allowed = {"sigmoid": ("noaux_tc",), "softmax": ("greedy", "group_limited_greedy")}[config.scoring_func]
+    if config.topk_method not in allowed:
         raise ConfigError("topk_method", config.topk_method,
                           f"must be one of {', '.join(allowed)} when scoring_func is {config.scoring_func!r}")
-    experts, groups = config.n_routed_experts, config.n_group
-    if experts % groups:
-        raise ConfigError("n_group", groups, f"must divide n_routed_experts = {experts}")
-    if config.topk_group > groups:
-        raise ConfigError("topk_group", config.topk_group, f"must not exceed n_group = {groups}")
-    # A greedy router looks at all experts, whatever the groups say.
-    reachable = experts if config.topk_method == "greedy" else experts // groups * config.topk_group
-    if config.num_experts_per_tok > reachable:
-        raise ConfigError("num_experts_per_tok", config.num_experts_per_tok,
-                          f"must not exceed the {reachable} experts a token can reach "
-                          f"(n_routed_experts {experts} / n_group {groups} * topk_group {config.topk_group})")

@@ -8,8 +8,6 @@ Letters: B batch, T positions, h hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from megatron_ext.fp8 import Precision
 from megatron_ext.layers.block import TransformerBlock
 from megatron_ext.layers.embedding import Embedding
 from megatron_ext.layers.head import FinalNorm, Head, tied_logits
+from megatron_ext.layers.router import Router
 from megatron_ext.models import huggingface
 from megatron_ext.models.config import DeepSeekV3Config
 from megatron_ext.parallel.expert_parallel import ExpertParallel
@@ -94,9 +93,9 @@ class DeepSeekV3(nn.Module):
         config = DeepSeekV3Config.from_hf(Path(directory))
         listing = huggingface.list_tensors(Path(directory))
         with torch.device("meta"):
-            listing = huggingface.check(cls(config), listing)
-        with _default_dtype(dtype or listing.dtype("model.embed_tokens.weight")):
             model = cls(config)
+        listing = huggingface.check(model, listing)
+        _allocate(model.to(dtype or listing.dtype("model.embed_tokens.weight")))
         huggingface.load(model, listing)
         return model
 
@@ -141,11 +140,12 @@ def _build(index: int, layer: type[nn.Module], arguments: tuple[Any, ...]) -> nn
         generator.set_state(state)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
+def _allocate(model: DeepSeekV3) -> None:
+    """Gives a model on the meta device memory on the default device: unset numbers, all of which a file is to fill."""
+    marks = {name: vars(p) for name, p in model.named_parameters()}
+    model.to_empty(device=torch.get_default_device())
+    for name, p in model.named_parameters():
+        vars(p).update(marks[name])  # what experts say of themselves; torch has made new parameters
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.tokens_per_expert.zero_()  # the one buffer that no file holds

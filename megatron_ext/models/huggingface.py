@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_ext.config.errors import UserError
+from megatron_ext.config.errors import CheckpointError
 from megatron_ext.layers.experts import Experts
 
 if TYPE_CHECKING:
@@ -30,20 +30,6 @@ SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written.
-
-    Args:
-        path: the file or folder.
-        problem: what is wrong with it, as a sentence without a full stop.
-        tensor: the tensor concerned, if it is one.
-    """
-
-    def __init__(self, path: Path, problem: str, tensor: str | None = None):
-        self.path, self.problem, self.tensor = path, problem, tensor
-        super().__init__(f"{path}: {problem}" if tensor is None else f"{path}: tensor {tensor} {problem}")
 
 
 class _Entry(NamedTuple):
@@ -71,11 +57,11 @@ class TensorListing:
             CheckpointError: if it is not here, or neither BF16 nor FP32.
         """
         if name not in self.entries:
-            raise CheckpointError(self.source, "is missing", name)
+            raise CheckpointError(self.source, "is missing", tensor=name)
         file, dtype, _ = self.entries[name]
         if dtype not in _DTYPES:
-            hint = "; convert FP8 checkpoints to BF16 first" if dtype.startswith("F8") else ""
-            raise CheckpointError(file, f"is {dtype}: only BF16 and F32 are read{hint}", name)
+            hint = "convert FP8 checkpoints to BF16 first" if dtype.startswith("F8") else None
+            raise CheckpointError(file, f"is {dtype}", "only BF16 and F32 are read", hint, tensor=name)
         return _DTYPES[dtype]
 
 
@@ -108,13 +94,13 @@ def list_tensors(directory: Path) -> TensorListing:
             raise CheckpointError(file, "does not exist" if placed is None else f"does not exist, but {INDEX} names it")
         for name, entry in _header(file).items():
             if name in entries:
-                raise CheckpointError(file, f"is also in {entries[name].file.name}", name)
+                raise CheckpointError(file, f"is also in {entries[name].file.name}", tensor=name)
             if placed is not None and name not in placed:
-                raise CheckpointError(file, f"is not in {INDEX}", name)
+                raise CheckpointError(file, f"is not in {INDEX}", tensor=name)
             entries[name] = entry
     for name, file_name in (placed or {}).items():
         if name not in entries or entries[name].file != directory / file_name:
-            raise CheckpointError(directory / file_name, f"is missing, although {INDEX} places it here", name)
+            raise CheckpointError(directory / file_name, f"is missing, although {INDEX} places it here", tensor=name)
     return TensorListing(source, entries)
 
 
@@ -130,16 +116,18 @@ def check(model: DeepSeekV3, listing: TensorListing) -> TensorListing:
     listing = TensorListing(listing.source, _without_passed_over(listing.entries, model.config.num_hidden_layers))
     entries, targets = listing.entries, _targets(model, listing)
     if scales := [name for name in entries if name.endswith(".weight_scale_inv")]:
-        raise CheckpointError(entries[scales[0]].file, "is of an FP8 checkpoint; convert it to BF16 first", scales[0])
+        raise CheckpointError(entries[scales[0]].file, "is of an FP8 checkpoint", hint="convert it to BF16 first",
+                              tensor=scales[0])
     if missing := [name for name in targets if name not in entries]:
-        raise CheckpointError(listing.source, f"is missing{_and_more(missing)}", missing[0])
+        raise CheckpointError(listing.source, f"is missing{_and_more(missing)}", tensor=missing[0])
     if unexpected := [name for name in entries if name not in targets]:
         raise CheckpointError(entries[unexpected[0]].file,
-                              f"has no place in the model of config.json{_and_more(unexpected)}", unexpected[0])
+                              f"has no place in the model of config.json{_and_more(unexpected)}", tensor=unexpected[0])
     for name, entry in entries.items():
         expected = tuple(targets[name].shape)
         if entry.shape != expected:
-            raise CheckpointError(entry.file, f"has shape {entry.shape}, but config.json makes it {expected}", name)
+            raise CheckpointError(entry.file, f"has shape {entry.shape}, but config.json makes it {expected}",
+                                  tensor=name)
         listing.dtype(name)
     return listing
 
@@ -159,7 +147,8 @@ def load(model: DeepSeekV3, listing: TensorListing) -> None:
             for name in names:
                 targets[name].copy_(tensors.get_tensor(name))
     if model.config.tie_word_embeddings and _HEAD in targets and not targets[_HEAD].equal(targets[_EMBEDDING]):
-        raise CheckpointError(listing.entries[_HEAD].file, "is not the embedding that config.json ties it to", _HEAD)
+        raise CheckpointError(listing.entries[_HEAD].file, "is not the embedding that config.json ties it to",
+                              tensor=_HEAD)
 
 
 def save(model: DeepSeekV3, config: dict[str, Any], directory: Path) -> None:
@@ -171,7 +160,7 @@ def save(model: DeepSeekV3, config: dict[str, Any], directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     if old := sorted(directory.glob("*.safetensors*")):
-        raise CheckpointError(old[0], "already exists; save to an empty folder")
+        raise CheckpointError(old[0], "already exists", hint="save to an empty folder")
     tensors = model_tensors(model)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -209,7 +198,7 @@ def _source(directory: Path) -> tuple[Path, dict[str, str] | None]:
         # By its words alone: the files of Hugging Face's own cache are links to another folder, and that is well.
         for path in (PurePosixPath(file), PureWindowsPath(file)):
             if path.is_absolute() or path.drive or ".." in path.parts:
-                raise CheckpointError(index, f"is placed in {file!r}, outside the folder", name)
+                raise CheckpointError(index, f"is placed in {file!r}, outside the folder", tensor=name)
     return index, placed
 
 

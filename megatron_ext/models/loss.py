@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a position that has no target."""
+IGNORED_LABEL = -100
+"""The label of a position that no loss counts; torch's cross entropy ignores the same one by default."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -27,8 +27,8 @@ def cross_entropy(logits: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Ten
         A scalar; 0, with a graph that gives zero gradients, if no position counts.
     """
     labels, mask = labels if isinstance(labels, tuple | list) else (labels, None)
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    weights = (labels.flatten() != IGNORED).float()
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    weights = (labels.flatten() != IGNORED_LABEL).float()
     if mask is not None:
         weights = weights * mask.flatten().float()
     total = weights.sum()

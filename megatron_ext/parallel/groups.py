@@ -36,8 +36,10 @@ class ProcessGroups:
         expert_parallel: None if experts are not split.
         expert_data_parallel: ranks with the same experts.
         control: all ranks, on the CPU over gloo, for what the host must know without waiting for a device.
-        messages: one group per channel of the pipeline (kind and direction) for payloads. NCCL orders the operations of
-            a pair of ranks within a group, so a channel is a group there; gloo has tags, and one group serves all.
+        messages: for payloads between stages, per channel (kind and direction). gloo has tags, and one group serves
+            all. Elsewhere, by peer: NCCL runs what is asked of a group in the order of asking, so a rank that posts a
+            receive ahead would hold up its own sends behind it. With a group for each channel and pair of ranks
+            nothing waits for anything but its own counterpart.
     """
 
     topology: Topology
@@ -53,17 +55,19 @@ class ProcessGroups:
     expert_data_parallel: ProcessGroup
     expert_data_parallel_ranks: list[int]
     control: ProcessGroup
-    messages: dict[str, ProcessGroup] = field(default_factory=dict)
+    messages: dict[str, ProcessGroup | dict[int, ProcessGroup]] = field(default_factory=dict)
 
     @staticmethod
     def create(topology: Topology, timeout: timedelta | None = None,
-               channels: Sequence[str] = ("F0", "F1", "B0", "B1", "L0", "L1")) -> ProcessGroups:
+               channels: Sequence[str] = ("F0", "F1", "B0", "B1", "L0", "L1"),
+               by_peer: bool | None = None) -> ProcessGroups:
         """Makes all groups; collective over the default process group.
 
         Args:
             topology: must fill the world.
             timeout: of every group; the default group's if None.
             channels: names of the pipeline's message channels.
+            by_peer: a group of messages for every pair of ranks; by default where the backend is not gloo.
         """
         rank, everyone = dist.get_rank(), list(range(topology.world_size))
         assert topology.world_size == dist.get_world_size(), (topology, dist.get_world_size())
@@ -81,10 +85,9 @@ class ProcessGroups:
         expert, expert_ranks = mine(topology.expert_parallel_groups())
         expert_data, expert_data_ranks = mine(topology.expert_data_parallel_groups())
         control = dist.new_group(everyone, timeout=timeout, backend="gloo")
-        if dist.get_backend() == "gloo":
-            messages = dict.fromkeys(channels, control)
-        else:
-            messages = {c: dist.new_group(everyone, timeout=timeout) for c in channels}
+        messages: dict[str, ProcessGroup | dict[int, ProcessGroup]] = dict.fromkeys(channels, control)
+        if dist.get_backend() != "gloo" if by_peer is None else by_peer:
+            messages = {c: _by_peer(topology.message_edges(c), rank, timeout) for c in channels}
         return ProcessGroups(topology, rank, timeout, data, data_ranks, model, model_ranks, pipeline, expert,
                              expert_ranks, expert_data, expert_data_ranks, control, messages)
 
@@ -93,3 +96,24 @@ class ProcessGroups:
         size = self.topology.expert_parallel
         rank = self.expert_parallel_ranks.index(self.rank)
         return ExpertParallel(self.expert_parallel if size > 1 else None, size, rank, name=f"ep_size_{size}")
+
+
+def _by_peer(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) -> dict[int, ProcessGroup]:
+    """This rank's groups of one channel; `edges` are (sender, receiver), in an order that is the same on all ranks.
+
+    All ranks make all of them: torch names a group that only its own ranks make after the number of groups that each has,
+    and that differs along a pipeline. A first message opens the connection: NCCL opens it with the first operation
+    and holds up the host until both ends have come, which in the middle of a schedule they may not.
+    """
+    groups = {}
+    for sender, receiver in edges:
+        group = dist.new_group([sender, receiver], timeout=timeout)
+        if rank in (sender, receiver):
+            device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+            token = torch.zeros(1, device=device)
+            if rank == sender:
+                dist.send(token, receiver, group=group)
+            else:
+                dist.recv(token, sender, group=group)
+            groups[receiver if rank == sender else sender] = group
+    return groups

@@ -13,6 +13,7 @@ exactly once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_ext.config.errors import ConfigError
 
@@ -100,6 +101,15 @@ class Topology:
         n = self.expert_parallel
         return [[self.rank_of(i, d) for i in (p, self.stages - 1 - p) for d in range(k, self.replicas, n)]
                 for p in range(self.pairs) for k in range(n)]
+
+    def message_edges(self, channel: str) -> list[tuple[int, int]]:
+        """(sender, receiver) of the messages of a channel: "F0" activations of direction 0, "B1" gradients of 1, ..."""
+        kind, direction = channel[0], int(channel[1])
+        order = range(self.stages) if direction == 0 else range(self.stages - 1, -1, -1)
+        pairs = [(order[0], order[-1])] if kind == "L" else list(pairwise(order))
+        if kind == "B":
+            pairs = [(b, a) for a, b in pairs]
+        return [(self.rank_of(a, d), self.rank_of(b, d)) for d in range(self.replicas) for a, b in pairs]
 
     def tied_groups(self, stages: list[int]) -> list[list[int]]:
         """Ranks that sum the gradients of a parameter used by several `stages`, if those lie on more than one pair.

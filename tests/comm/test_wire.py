@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_ext import fp8
 from megatron_ext.comm.wire import decode, encode, row_bytes
+from megatron_ext.fp8 import tensor
+from megatron_ext.fp8.operators import call
+from megatron_ext.layers.moe import MoE
+from megatron_ext.parallel.expert_parallel import ExpertParallel
+
+MOE = dict(n_routed_experts=2, num_experts_per_tok=2, n_group=1, topk_group=1, hidden_size=256, n_shared_experts=0,
+           moe_intermediate_size=8, initializer_range=0.2, topk_method="noaux_tc", scoring_func="sigmoid",
+           norm_topk_prob=True, routed_scaling_factor=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -46,3 +56,21 @@ def test_a_transposed_tensor_is_sent_as_it_reads():
     for wire in ("model", "bf16"):
         got = decode(encode(x, wire), wire, 64, torch.float32)
         assert got.equal(x if wire == "model" else x.bfloat16().float())
+
+
+def test_the_backend_that_is_named_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+
+    def spy(operator, *args, backend="auto"):
+        used.add((operator, backend))
+        return call(operator, *args, backend=backend)
+
+    monkeypatch.setattr(tensor, "call", spy)
+    experts, x = torch.tensor([[0, 1], [1, 0]]), torch.randn(2, 256, requires_grad=True)
+    layer = MoE(SimpleNamespace(**MOE), 0)
+    layer.set_expert_parallel(ExpertParallel.single())
+    layer.set_precision(fp8.Precision(dispatch_dtype="fp8", backend="reference"))
+    way = layer.dispatcher
+    plan = way.plan(experts, x)
+    way.combine(way.dispatch(x, plan), torch.rand(2, 2), plan).sum().backward()
+    assert used == {("quantize", "reference"), ("dequantize", "reference")}

@@ -203,3 +203,20 @@ def test_fingerprint_of_a_blend_sees_all_that_orders_it() -> None:
     blends += [([one, two], [1, 1], 1, 8), ([one, two], [1, 1], 0, 9)]
     assert len({BlendedDataset(*arguments).fingerprint for arguments in blends}) == len(blends)
     assert GPTDataset(TokenStream(np.arange(20)), 5).fingerprint != one.fingerprint
+
+
+def test_fingerprint_of_a_dataset_sees_what_counts() -> None:
+    stream, mask = TokenStream.from_documents([[1, 2, 3, 4], [5, 6, 7]]), np.array([1, 1, 0, 1, 1, 1, 1])
+    kinds = [GPTDataset(stream, 2), GPTDataset(stream, 3), GPTDataset(stream, 2, mask_document_starts=True),
+             *(GPTDataset(stream, 2, loss_mask=m) for m in (mask, mask[::-1], np.ones(7))),
+             GPTDataset(stream, 2, loss_mask=mask, mask_document_starts=True)]
+    assert len({data.fingerprint for data in kinds}) == len(kinds)
+    for same in (mask.astype(bool), mask.astype(np.float32), mask.tolist()):
+        assert GPTDataset(stream, 2, loss_mask=same).fingerprint == kinds[3].fingerprint
+
+
+def test_fingerprint_reads_a_long_mask_to_its_end() -> None:
+    stream, mask = TokenStream(np.zeros(3_000_001, dtype=np.uint8)), np.ones(3_000_001, dtype=bool)
+    whole = GPTDataset(stream, 8, loss_mask=mask).fingerprint
+    mask[-1] = False
+    assert GPTDataset(stream, 8, loss_mask=mask).fingerprint != whole

@@ -1,7 +1,7 @@
 """Small models out of layers that nobody wrote for this project, trained by the engine and by a plain loop.
 
-A model is a function that returns a fresh list of what `PipelineModule` takes. The loop shares with the engine the seeds
-and nothing else.
+A model is a function that returns a fresh list of what `PipelineModule` takes. The loop shares with the engine the
+seeds and nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ def zoo() -> list[Any]:
 def drops() -> list[Any]:
     """Dropout all over: 8 layers."""
     return [LayerSpec(nn.Embedding, V, H), LayerSpec(nn.Dropout, 0.3), LayerSpec(nn.Linear, H, H), nn.Tanh(),
-            LayerSpec(nn.Linear, H, H), LayerSpec(nn.Dropout, 0.3), LayerSpec(HalfUsed, H, H), LayerSpec(nn.Linear, H, V)]
+            LayerSpec(nn.Linear, H, H), LayerSpec(nn.Dropout, 0.3), LayerSpec(HalfUsed, H, H),
+            LayerSpec(nn.Linear, H, V)]
 
 
 def bare_stage() -> list[Any]:
@@ -122,8 +123,8 @@ def bare_stage() -> list[Any]:
 
 def frozen_start() -> list[Any]:
     """The first stage passes on what needs no gradient; at P = 4 the second is half frozen."""
-    return [lambda tokens: F.one_hot(tokens, H).float(), LayerSpec(Frozen, H, H), LayerSpec(Frozen, H, H),
-            LayerSpec(nn.Linear, H, H), nn.Tanh(), LayerSpec(Frozen, H, H), LayerSpec(nn.Linear, H, H),
+    return [lambda tokens: F.one_hot(tokens, V).float(), LayerSpec(Frozen, V, H), LayerSpec(Frozen, H, H),
+            LayerSpec(nn.Linear, H, H), nn.Tanh(), LayerSpec(nn.Linear, H, H), LayerSpec(nn.Linear, H, H),
             LayerSpec(nn.Linear, H, V)]
 
 
@@ -184,7 +185,7 @@ class Job:
     data: Callable[[int, int], Any] = text
     loss_fn: Callable[..., Tensor] | None = cross_entropy
     interval: int = 0
-    module: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Callable[..., Any] | None = None
     clip: float = 0.1
 
 
@@ -196,9 +197,9 @@ def build(job: Job) -> Any:
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": job.micro_batches // 2,
         "gradient_clipping": job.clip, "steps_per_print": 10**6, "zero_optimization": {"stage": job.zero},
         "optimizer": {"type": "AdamW", "params": copy.deepcopy(OPTIMIZER)}}
-    options = {"partition_method": "uniform", "base_seed": SEED, **job.module}
-    model = megatron_ext.PipelineModule(job.model(), num_stages=job.stages, loss_fn=job.loss_fn,
-                                        activation_checkpoint_interval=job.interval, **options)
+    model = megatron_ext.PipelineModule(
+        job.model(), num_stages=job.stages, loss_fn=job.loss_fn, base_seed=SEED, partition_method="uniform",
+        activation_checkpoint_interval=job.interval, activation_checkpoint_func=job.checkpoint)
     return megatron_ext.initialize(model=model, config=config)[0]
 
 

@@ -100,12 +100,14 @@ def resume(case: Case, folder: Path, after: int) -> dict[str, Any]:
     (EVERYTHING, 3, 10),
     (Case(stages=4, zero=2, dropout=0.1), 2, 3),
     (Case(stages=2, replicas=2, expert_parallel=2, zero=0, bf16=True), 2, 3),
-], ids=["everything", "ZeRO-2", "ZeRO-0"])
+    (Case(stages=2, replicas=1, offload=True, zero_options={"elastic_checkpoint": True}), 2, 3),
+], ids=["everything", "ZeRO-2", "ZeRO-0", "elastic"])
 def test_the_steps_after_a_kill_and_a_resume_are_those_of_the_uninterrupted_run(
-        case: Case, before: int, after: int, pool4: WorkerPool, tmp_path: Path) -> None:
+        case: Case, before: int, after: int, pool2: WorkerPool, pool4: WorkerPool, tmp_path: Path) -> None:
+    pool = {2: pool2, 4: pool4}[case.world_size]
     with pytest.raises(WorkerError, match="exit code -9"):
-        pool4.run(save_go_on_and_die, case, tmp_path, before, after)
-    resumed = pool4.run(resume, case, tmp_path, after)
+        pool.run(save_go_on_and_die, case, tmp_path, before, after)
+    resumed = pool.run(resume, case, tmp_path, after)
     for rank, found in enumerate(resumed):
         wanted = torch.load(tmp_path / f"rank{rank}", weights_only=True)
         assert found["steps"] == wanted["steps"], rank

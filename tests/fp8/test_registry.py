@@ -51,6 +51,26 @@ def test_unavailable_backend_is_refused_with_the_names() -> None:
         OPERATORS.select("quantize", torch.ones(2, 3, device="meta"), backend="cpu")
 
 
+def test_a_backend_that_is_forced_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from megatron_ext.kernels.cpu import library
+
+    with pytest.raises(ConfigError, match=r"kernels\.backend = 'cudnn'.*available here: auto, cpu, reference"):
+        fp8.Precision(backend="cudnn")
+    for backend in ("auto", "cpu", "reference"):
+        fp8.Precision(backend=backend)
+        fp8.check_backend(backend, torch.device("cpu"))
+    fp8.check_backend("auto", torch.device("meta"))
+    with pytest.raises(ConfigError, match=r"kernels\.backend = 'cpu'.*meta; available here: auto, reference$"):
+        fp8.check_backend("cpu", torch.device("meta"))
+    library.load.cache_clear()
+    try:
+        monkeypatch.setattr(library, "PATH", tmp_path / "absent.so")
+        with pytest.raises(ConfigError, match=r"'cpu'.*available here: auto, reference$"):
+            fp8.check_backend("cpu", torch.device("cpu"))
+    finally:
+        library.load.cache_clear()
+
+
 def test_an_operator_that_the_named_backend_lacks_is_chosen_automatically() -> None:
     registry = Registry([implementation("abs", "library"), implementation("neg", "reference")])
     assert registry.select("neg", X, backend="library").backend == "reference"

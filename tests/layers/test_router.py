@@ -196,3 +196,31 @@ def test_settings_that_cannot_work_are_named(changes, key):
     with pytest.raises(ConfigError) as error:
         router(V3, **changes)
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("base", [V3, V2], ids=["V3", "V2"])
+def test_keeps_the_tokens_in_their_own_dtype(base):
+    gate = router(base).bfloat16()
+    x = torch.randn(50, 32).bfloat16().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        routing = gate(x)
+    assert {t.dtype for t in saved if t.shape == x.shape} == {torch.bfloat16}
+    dweights = torch.randn_like(routing.weights)
+    found = torch.autograd.grad(routing.weights, (x, gate.weight), dweights)
+    logits = torch.nn.functional.linear(x.float(), gate.weight.float())  # as plain autograd would
+    scores = logits.sigmoid() if base is V3 else logits.softmax(-1)
+    weights = gate._weigh(scores.gather(-1, routing.experts))
+    assert torch.equal(weights, routing.weights)
+    for a, b in zip(found, torch.autograd.grad(weights, (x, gate.weight), dweights), strict=True):
+        assert a.dtype == torch.bfloat16 and torch.equal(a, b)
+
+
+def test_gradients_of_what_is_frozen_are_not_computed():
+    gate, x = router(), torch.randn(5, 32, requires_grad=True)
+    gate.weight.requires_grad_(False)
+    gate(x).weights.sum().backward()
+    assert x.grad is not None and gate.weight.grad is None
+    gate.weight.requires_grad_(True)
+    gate(x.detach()).weights.sum().backward()
+    assert gate.weight.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext import checkpoint
+from megatron_ext.checkpoint import native
+from megatron_ext.config import errors
 from megatron_ext.models import CheckpointError, DeepSeekV3, DeepSeekV3Config, huggingface
 
 CONFIG = DeepSeekV3Config(
@@ -73,12 +77,45 @@ def test_what_was_saved_is_loaded(folder: Path) -> None:
     assert_loads(folder, dict(model.state_dict()))
 
 
+def test_loading_draws_nothing_and_leaves_no_number_unset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = DeepSeekV3(CONFIG)
+    for name in ("normal_", "uniform_"):
+        draw = getattr(torch.Tensor, name)
+
+        def refuse(tensor: torch.Tensor, *args: object, draw: Callable = draw, **kwargs: object) -> torch.Tensor:
+            assert tensor.is_meta, "numbers were drawn that the file is about to replace"
+            return draw(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    state = torch.get_rng_state()
+    model = DeepSeekV3.load_hf(folder, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: str(b.dtype) for name, b in model.named_buffers()} == {
+        name: str(b.dtype) for name, b in built.named_buffers()}
+    in_file = model.state_dict()
+    for name, buffer in built.named_buffers():
+        assert name in in_file or torch.equal(model.get_buffer(name), buffer)
+    for (name, ours), (same, theirs) in zip(model.named_parameters(), built.named_parameters(), strict=True):
+        assert name == same and vars(ours) == vars(theirs) and ours.requires_grad
+        assert ours.dtype == torch.bfloat16 and not ours.is_meta
+
+
 def test_saving_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = DeepSeekV3.load_hf(folder)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 2000)
     model.save_hf(tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
     assert_loads(tmp_path / "sharded", dict(model.state_dict()))
+
+
+def test_one_class_for_checkpoints_of_any_kind() -> None:
+    assert checkpoint.CheckpointError is CheckpointError is native.CheckpointError is errors.CheckpointError
+    ours = CheckpointError(Path("a/b"), "has 3 bytes", "it had 4 when it was saved", "restore it")
+    assert str(ours) == "checkpoint a/b: has 3 bytes; it had 4 when it was saved; restore it" and ours.tensor is None
+    theirs = CheckpointError(Path("a/b"), "is missing", tensor="model.norm.weight")
+    assert str(theirs) == "checkpoint a/b: tensor model.norm.weight is missing"
+    back = pickle.loads(pickle.dumps(theirs))
+    assert (back.path, back.tensor, str(back)) == (Path("a/b"), "model.norm.weight", str(theirs))
 
 
 def test_saving_over_an_old_model_is_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config import ConfigError
 from megatron_ext.parallel import ExpertParallel, MirroredPipelineUnit, ProcessGroups, Topology
+from megatron_ext.pipeline import Transfer, schedule
 from tests.distributed.pool import WorkerPool
 
 GROUPS = ("pipeline_groups", "data_parallel_groups", "model_parallel_groups", "expert_parallel_groups",
@@ -100,6 +102,19 @@ def test_expert_data_parallel_ranks_hold_the_same_experts(grid: Topology) -> Non
     for group in grid.expert_data_parallel_groups():
         assert len({(grid.pair(rank), place[rank]) for rank in group}) == 1
         assert len(group) * grid.expert_parallel == grid.data_parallel_size
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_messages_go_where_the_schedule_sends_them(stages: int) -> None:
+    grid, plan = Topology(stages, 3), schedule("dualpipe", stages=stages, micro_batches=2 * stages)
+    used: dict[str, set[tuple[int, int]]] = {"L0": {(0, stages - 1)}, "L1": {(stages - 1, 0)}}
+    for instruction in itertools.chain(*plan.instructions):
+        if isinstance(instruction, Transfer):
+            m = instruction.message
+            used.setdefault(f"{m.kind}{m.direction}", set()).add((m.source, m.destination))
+    for channel, edges in used.items():
+        found = grid.message_edges(channel)
+        assert sorted(found) == sorted((grid.rank_of(a, d), grid.rank_of(b, d)) for a, b in edges for d in range(3))
 
 
 @given(topologies(), st.data())

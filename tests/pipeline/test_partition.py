@@ -50,6 +50,7 @@ def test_never_heavier_than_deepspeeds(model: tuple[list[float], int]) -> None:
 def test_what_the_heaviest_stage_leaves_open_is_spread_evenly() -> None:
     assert balanced([1] * 10, 4) == [0, 3, 6, 8, 10]  # not 3, 3, 3, 1
     assert balanced([100, 1, 1, 1, 1, 1, 1, 100], 4) == [0, 1, 4, 7, 8]
+    assert balanced([2, 10, 5, 6], 3) == [0, 1, 2, 4]  # 2, 10, 11; the squares of 12, 5, 6 would be less
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
