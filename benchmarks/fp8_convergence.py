@@ -13,7 +13,8 @@ that decides one token otherwise is enough.
 
     python benchmarks/fp8_convergence.py --json runs/benchmarks/fp8_convergence.json [--jobs 2] [--seeds 1234 1235]
 
-writes the rows, and beside them a picture and the losses (.png, .csv).
+writes the rows, and beside them a picture and the losses (.png, .csv). One seed takes 7 to 12 minutes of one core;
+`--add` goes on from the losses that are there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import logging
 import math
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 VARIANTS = ("bf16", "fp8", "perturbed")
 LENGTH, MICRO_BATCH = 128, 8
 GOAL = 0.0025
+
+Curves = dict[tuple[int, str], list[float]]
+"""Losses by (seed, variant)."""
 
 
 def other_neighbour(weight: Tensor) -> Tensor:
@@ -123,77 +127,117 @@ def late(losses: list[float]) -> float:
     return sum(half) / len(half)
 
 
-def rows(curves: dict[tuple[int, str], list[float]], seeds: list[int]) -> list[dict[str, Any]]:
-    """A row per seed and run against bf16, and for several seeds one for the mean difference."""
-    found = []
-    steps = len(next(iter(curves.values())))
+def read_curves(path: Path, steps: int) -> Curves:
+    """What `write_curves` wrote, if it is of as many steps."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        header, *lines = csv.reader(file)
+    if len(lines) != steps:
+        raise SystemExit(f"{path} holds {len(lines)} steps, not {steps}: leave --add out to begin anew")
+    columns = list(zip(*lines, strict=True))
+    names = [name.split(" seed ") for name in header[1:]]
+    return {(int(seed), variant): [float(loss) for loss in column]
+            for (variant, seed), column in zip(names, columns[1:], strict=True)}
+
+
+def write_curves(path: Path, curves: Curves) -> None:
+    """A column per training, a row per step."""
+    runs = sorted(curves)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(f"{variant} seed {seed}" for seed, variant in runs)])
+        columns = [[f"{loss:.6f}" for loss in curves[run]] for run in runs]
+        writer.writerows(zip(range(1, len(columns[0]) + 1), *columns, strict=True))
+
+
+def rows(curves: Curves, seeds: list[int]) -> list[dict[str, Any]]:
+    """The mean over the seeds against bf16's, which is judged; for several seeds also each, which tells the noise."""
+    steps = len(curves[seeds[0], "bf16"])
     span = f"mean loss of steps {steps // 2 + 1} to {steps}"
-    for seed in seeds:
+    groups = [seeds] + [[seed] for seed in seeds if len(seeds) > 1]
+    found = []
+    for group in groups:
+        where = f"seed {group[0]}" if len(group) == 1 else f"mean of {len(group)} seeds"
         for variant in VARIANTS[1:]:
-            value, peer = late(curves[seed, variant]), late(curves[seed, "bf16"])
-            found.append(_row(f"{variant}: {span}, seed {seed}", value, peer, variant == "fp8"))
-    if len(seeds) > 1:
-        for variant in VARIANTS[1:]:
-            value, peer = (sum(late(curves[s, v]) for s in seeds) / len(seeds) for v in (variant, "bf16"))
-            found.append(_row(f"{variant}: {span}, mean of {len(seeds)} seeds", value, peer, variant == "fp8"))
+            value, peer = (sum(late(curves[seed, v]) for seed in group) / len(group) for v in (variant, "bf16"))
+            judged = variant == "fp8" and group is seeds
+            found.append({
+                "name": f"{variant}: {span}, {where}", "value": value, "unit": "nats per byte", "peer": "bf16",
+                "peer_value": peer, "ratio": value / peer,
+                "goal": f"within {GOAL:.2%} of 1" if judged else "none: it shows the noise",
+                "holds": abs(value / peer - 1) < GOAL if judged else None})
     return found
 
 
-def _row(name: str, value: float, peer: float, judged: bool) -> dict[str, Any]:
-    ratio = value / peer
-    return {"name": name, "value": value, "unit": "nats per byte", "peer": "bf16", "peer_value": peer, "ratio": ratio,
-            "goal": f"within {GOAL:.2%} of 1" if judged else "none: the size of the noise",
-            "holds": abs(ratio - 1) < GOAL if judged else None}
-
-
-def draw(curves: dict[tuple[int, str], list[float]], seed: int, path: Path) -> None:
-    """Losses, and beneath them the relative distance of both other runs to bf16."""
+def draw(curves: Curves, seeds: list[int], path: Path) -> None:
+    """Losses of the first seed, their distance to bf16, and where each seed ends up."""
     from matplotlib.figure import Figure
 
     colours = {"bf16": "#222222", "fp8": "#d9682b", "perturbed": "#6fa5dc"}
-    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    base = torch.tensor(curves[seed, "bf16"])
+    figure = Figure(figsize=(8.5, 7.5 if len(seeds) > 1 else 6.5), layout="constrained")
+    above, below, *ends = figure.subplots(2 + (len(seeds) > 1), 1, height_ratios=(3, 2, 1.6)[:2 + (len(seeds) > 1)])
+    base = torch.tensor(curves[seeds[0], "bf16"])
     steps = range(1, len(base) + 1)
     for variant in VARIANTS:
-        above.plot(steps, curves[seed, variant], color=colours[variant], linewidth=1.1, label=variant)
-        if variant == "bf16":
-            continue
-        ratio = 100 * (torch.tensor(curves[seed, variant]) / base - 1)
-        late_ratio = 100 * (late(curves[seed, variant]) / late(curves[seed, "bf16"]) - 1)
-        below.plot(steps, ratio, color=colours[variant], linewidth=1,
-                   label=f"{variant}, second half {late_ratio:+.3f} %")
-    below.axhspan(-100 * GOAL, 100 * GOAL, xmin=0, color="#3c8f4f", alpha=0.15, label=f"±{GOAL:.2%}")
+        above.plot(steps, curves[seeds[0], variant], color=colours[variant], linewidth=1.1, label=variant)
+        if variant != "bf16":
+            ratio = 100 * (torch.tensor(curves[seeds[0], variant]) / base - 1)
+            below.plot(steps, ratio, color=colours[variant], linewidth=1,
+                       label=f"{variant}, second half {100 * distance(curves, seeds[0], variant):+.3f} %")
+    below.axhspan(-100 * GOAL, 100 * GOAL, color="#3c8f4f", alpha=0.15, label=f"±{GOAL:.2%}")
     below.axhline(0, color="#777777", linewidth=0.8)
-    above.set(ylabel="loss [nats per byte]", title=f"The main job's model in BF16 and in FP8, seed {seed}")
+    above.set(ylabel="loss [nats per byte]", title=f"The main job's model in BF16 and in FP8, seed {seeds[0]}")
     below.set(xlabel="step", ylabel="loss against bf16 [%]")
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9, ncols=3)
+    for axes in ends:
+        _draw_seeds(axes, curves, seeds, colours)
     figure.savefig(path, dpi=130)
+
+
+def _draw_seeds(axes: Any, curves: Curves, seeds: list[int], colours: dict[str, str]) -> None:
+    """A dot per seed and run, and a bar for the mean."""
+    for row, variant in enumerate(("perturbed", "fp8")):
+        points = [100 * distance(curves, seed, variant) for seed in seeds]
+        mean = sum(points) / len(points)
+        axes.plot(points, [row] * len(points), "o", color=colours[variant], alpha=0.7)
+        axes.plot([mean, mean], [row - 0.3, row + 0.3], color="#222222", linewidth=2)
+        axes.annotate(f"mean {mean:+.3f} %", (mean, row + 0.3), (5, -3), textcoords="offset points", fontsize=9)
+    axes.axvspan(-100 * GOAL, 100 * GOAL, color="#3c8f4f", alpha=0.15)
+    axes.set(yticks=(0, 1), yticklabels=("perturbed", "fp8"), ylim=(-0.5, 1.6),
+             xlabel=f"second half against bf16 [%], {len(seeds)} seeds; green: ±{GOAL:.2%}")
+    axes.grid(alpha=0.3, axis="x")
+
+
+def distance(curves: Curves, seed: int, variant: str) -> float:
+    """Relative distance of the second half to bf16's."""
+    return late(curves[seed, variant]) / late(curves[seed, "bf16"]) - 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1234], help="the picture is of the first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234], help="the curves drawn are of the first")
+    parser.add_argument("--add", action="store_true", help="to the trainings that the .csv beside --json holds")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one core each")
     args = parser.parse_args()
     start = time.perf_counter()
-    runs = [(seed, variant) for seed in args.seeds for variant in VARIANTS]
+    store = args.json.with_suffix(".csv")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    curves = read_curves(store, args.steps) if args.add else {}
+    seeds = list(dict.fromkeys([*(seed for seed, _ in curves), *args.seeds]))
+    missing = [(seed, variant) for seed in seeds for variant in VARIANTS if (seed, variant) not in curves]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {(seed, variant): pool.submit(train, variant, seed, args.steps) for seed, variant in runs}
-        curves = {run: future.result() for run, future in futures.items()}
-    found = rows(curves, args.seeds)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+        futures = {pool.submit(train, variant, seed, args.steps): (seed, variant) for seed, variant in missing}
+        for future in as_completed(futures):
+            curves[futures[future]] = future.result()
+            write_curves(store, curves)
+    found = rows(curves, seeds)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    with open(args.json.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *(f"{variant} seed {seed}" for seed, variant in runs)])
-        columns = [[f"{loss:.6f}" for loss in curves[run]] for run in runs]
-        writer.writerows(zip(range(1, args.steps + 1), *columns, strict=True))
-    draw(curves, args.seeds[0], args.json.with_suffix(".png"))
+    draw(curves, seeds, args.json.with_suffix(".png"))
     for row in found:
         print(f"{row['name']}: {row['value']:.5f}, {row['peer']} {row['peer_value']:.5f}, {row['ratio'] - 1:+.3%}"
               + ("" if row["holds"] is None else f"  ({'holds' if row['holds'] else 'MISSED'})"))

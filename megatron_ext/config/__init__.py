@@ -1,8 +1,8 @@
 """The JSON configuration: the `megatron_ext` section, the rules across sections, and the errors that users see."""
 
-from megatron_ext.config.errors import ConfigError, UserError
+from megatron_ext.config.errors import CheckpointError, ConfigError, UserError
 from megatron_ext.config.rules import Batch, check_deepspeed_config, load_config, resolve_batch
 from megatron_ext.config.schema import SECTION, MegatronExtConfig, parse_section
 
-__all__ = ["SECTION", "Batch", "ConfigError", "MegatronExtConfig", "UserError", "check_deepspeed_config",
-           "load_config", "parse_section", "resolve_batch"]
+__all__ = ["SECTION", "Batch", "CheckpointError", "ConfigError", "MegatronExtConfig", "UserError",
+           "check_deepspeed_config", "load_config", "parse_section", "resolve_batch"]

@@ -60,7 +60,13 @@ class CheckpointError(UserError):
     """
 
     def __init__(
-        self, path: Path | str, found: str, rule: str | None = None, hint: str | None = None, *, tensor: str | None = None
+        self,
+        path: Path | str,
+        found: str,
+        rule: str | None = None,
+        hint: str | None = None,
+        *,
+        tensor: str | None = None,
     ):
         self.path, self.found, self.rule, self.hint, self.tensor = path, found, rule, hint, tensor
         subject = "" if tensor is None else f"tensor {tensor} "

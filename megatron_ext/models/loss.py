@@ -27,8 +27,9 @@ def cross_entropy(logits: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Ten
         A scalar; 0, with a graph that gives zero gradients, if no position counts.
     """
     labels, mask = labels if isinstance(labels, tuple | list) else (labels, None)
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
-    weights = (labels.flatten() != IGNORED_LABEL).float()
+    labels = labels.flatten()
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    weights = (labels != IGNORED_LABEL).float()
     if mask is not None:
         weights = weights * mask.flatten().float()
     total = weights.sum()

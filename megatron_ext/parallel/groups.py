@@ -101,7 +101,7 @@ class ProcessGroups:
 def _by_peer(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) -> dict[int, ProcessGroup]:
     """This rank's groups of one channel; `edges` are (sender, receiver), in an order that is the same on all ranks.
 
-    All ranks make all of them: torch names a group that only its own ranks make after the number of groups that each has,
+    All ranks make all of them: torch names a group made by its own ranks alone after the number of groups each has,
     and that differs along a pipeline. A first message opens the connection: NCCL opens it with the first operation
     and holds up the host until both ends have come, which in the middle of a schedule they may not.
     """

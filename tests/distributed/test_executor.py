@@ -173,6 +173,19 @@ def test_hooks_of_the_user_fire_under_zero(pool2: WorkerPool, when: str) -> None
             compare({k: found[k] for k in ("losses", "norms", "state")}, expected(Job(generic.drops, 2, 0)))
 
 
+def not_split() -> list[str]:
+    job = Job(stages=2)
+    engine = build(job)
+    engine.train_batch(batches(engine, job))
+    return sorted(name for name, p in engine.module.named_parameters() if p in engine.weights.whole)
+
+
+def test_every_plain_linear_is_split_and_nothing_else(pool2: WorkerPool) -> None:
+    whole = ["layers.0.embedding.weight", *(f"layers.{n}.{p}" for n in ("1.norm", "2.norm", "7", "9")
+                                            for p in ("bias", "weight"))]
+    assert pool2.run(not_split) == [whole] * 2
+
+
 # -- memory
 
 

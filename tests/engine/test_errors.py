@@ -105,7 +105,7 @@ def attempt(changes: dict[str, Any]) -> None:
     """Builds the module and the engine as a script would."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    special = {key: value for key, value in changes.items() if "." not in key and " " in key or key in SPECIAL}
+    special = {key: value for key, value in changes.items() if ("." not in key and " " in key) or key in SPECIAL}
     config = equality.ds_config(FOUR)
     for key, value in changes.items():
         if key not in special:

@@ -1,4 +1,4 @@
-"""The list of DeepSpeed's private names: true for this DeepSpeed, complete for our engine, and telling what vanishes."""
+"""The list of DeepSpeed's private names: true for this DeepSpeed, complete for our engine, and it tells what left."""
 
 from __future__ import annotations
 
