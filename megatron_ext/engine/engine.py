@@ -32,7 +32,7 @@ from megatron_ext.engine.checkpoint import CheckpointMixin
 from megatron_ext.engine.optimizers import OptimizerMixin, PipelineZeroOptimizer
 from megatron_ext.engine.report import ReportMixin
 from megatron_ext.engine.shards import compare_first_batches
-from megatron_ext.fp8 import Precision, WeightCache
+from megatron_ext.fp8 import Precision, WeightCache, check_backend
 from megatron_ext.layers.balancing import update_biases
 from megatron_ext.layers.router import Router
 from megatron_ext.parallel import agreed
@@ -84,6 +84,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         groups = self.process_groups
         self.weights = WeightGradients(model.parameters(), hooked)
         self.routers: dict[str, Router] = {n: m for n, m in model.named_modules() if isinstance(m, Router)}
+        check_backend(section.kernels.backend, self.device)
         self.weight_cache = WeightCache()
         precision = Precision(fp8=section.fp8.enabled, dispatch_dtype=section.expert_parallel.dispatch_dtype or "model",
                               combine_dtype=section.expert_parallel.combine_dtype, backend=section.kernels.backend,
