@@ -72,7 +72,9 @@ class CheckpointMixin:
                                 exclude_frozen_parameters=exclude_frozen_parameters)
         torch.save(self._rank_state(), folder / f"megatron_ext_rank_{groups.rank:05d}_states.pt")
         manifest = self._manifest(exclude_frozen_parameters)
-        names = sorted(p.name for p in folder.iterdir() if p.suffix == ".pt")
+        dist.barrier(group=groups.control)
+        # One listing for all: what a rank sees of a network file system may be behind.
+        names = _gather(sorted(p.name for p in folder.iterdir() if p.suffix == ".pt"), groups.control)[0]
         world = dist.get_world_size()
         sums = _gather({n: native.sum_file(folder / n) for n in names[groups.rank::world]}, groups.control)
         if groups.rank == 0:

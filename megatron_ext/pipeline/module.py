@@ -26,7 +26,8 @@ from megatron_ext.config import ConfigError, check_deepspeed_config, load_config
 from megatron_ext.layers.linear import split_linears
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.pipeline.partition import partition
-from megatron_ext.pipeline.random import RandomKey
+from megatron_ext.pipeline.random import RandomKey, current_device, preserved_generators
+from megatron_ext.pipeline.schedules import schedule as make_schedule
 
 Value = Tensor | tuple[Tensor, ...]
 
@@ -89,6 +90,7 @@ class PipelineModule(nn.Module):
 
         specs = list(layers)
         grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size)
+        make_schedule(self.schedule, stages=self.num_stages, micro_batches=2)  # refuses an unknown name
         self.bounds = partition(partition_method, [_type_name(s) for s in specs],
                                 self._count_parameters(specs) if partition_method.lower() == "parameters"
                                 else [0] * len(specs), self.num_stages)
@@ -113,7 +115,7 @@ class PipelineModule(nn.Module):
         for index, spec in enumerate(specs):
             layer = spec
             if _is_spec(spec):
-                with torch.random.fork_rng(devices=[]):
+                with preserved_generators(current_device()):
                     try:
                         with torch.device("meta"):
                             layer = self._build_layer(spec, index, ExpertParallel.single())
@@ -140,7 +142,7 @@ class PipelineModule(nn.Module):
         for index, spec in enumerate(specs):
             if _is_tied(spec):
                 first_use.setdefault(spec.key, index)
-        with torch.random.fork_rng(devices=[]):
+        with preserved_generators(current_device()):
             for stage in self.stages:
                 self._layers[stage] = []
                 for index in range(self.bounds[stage], self.bounds[stage + 1]):

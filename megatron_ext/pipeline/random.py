@@ -55,3 +55,11 @@ def preserved_generators(device: torch.device) -> Iterator[None]:
     else:
         with torch.random.fork_rng(devices=[device], device_type=device.type):
             yield
+
+
+def current_device() -> torch.device:
+    """The accelerator that this process uses, if it has started one; else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -95,7 +95,7 @@ def several_ways() -> dict[str, Any]:
     return {
         "parameters": built(num_stages=2),
         "uniform": built(num_stages=2, partition_method="uniform"),
-        "type": built(num_stages=2, partition_method="type:linear|relu"),
+        "type": built(num_stages=2, partition_method="type:^(embedding|relu)$"),
         "topology": built(topology=PipeDataParallelTopology(num_pp=2, num_dp=1)),
         "config": built(config={"train_batch_size": 4, "megatron_ext": section}),
         "seed": built(num_stages=2, base_seed=7, seed_layers=True),
@@ -130,7 +130,7 @@ def refusals() -> list[str]:
                     {"topology": PipeDataParallelTopology(num_pp=2, num_dp=2)},
                     {"topology": PipeDataParallelTopology(num_pp=2, num_dp=1), "num_stages": 4},
                     {"num_stages": 4, "config": config}, {"schedule": "gpipe", "config": config}, {},
-                    {"num_stages": 2, "partition_method": "best"}):
+                    {"num_stages": 2, "partition_method": "best"}, {"num_stages": 2, "schedule": "1f1c"}):
         with pytest.raises(ConfigError) as found:
             built(**options)
         messages.append(str(found.value))
@@ -143,7 +143,7 @@ def test_arguments_that_contradict_each_other(pool2: WorkerPool) -> None:
               "megatron_ext.pipeline.stages = 2: PipelineModule was given 4; the placement is fixed",
               "megatron_ext.pipeline.schedule = 'dualpipe': PipelineModule was given 'gpipe'",
               "megatron_ext.pipeline.stages = None: the number of pipeline ranks is not given",
-              "partition_method = 'best': must be"]
+              "partition_method = 'best': must be", "pipeline.schedule = '1f1c': no such schedule"]
     for found in pool2.run(refusals):
         assert all(message.startswith(start) for message, start in zip(found, starts, strict=True)), found
         assert "has 4 ranks, this job 2" in found[1]
