@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_ext.pipeline.random import RandomKey, mix, preserved_generators
 from tests.distributed import generic
@@ -60,18 +61,25 @@ def test_generators_are_preserved_whatever_happens() -> None:
 
 # -- in the engine
 
-LAYOUTS = {"two stages": (2, Job(generic.drops, 2, 0, 4)), "two stages, twice": (4, Job(generic.drops, 2, 1, 2)),
-           "four stages": (4, Job(generic.drops, 4, 1, 4)), "recomputed": (2, Job(generic.drops, 2, 1, 4, interval=4))}
+def same_tokens(step: int, number: int) -> tuple[Tensor, Tensor]:
+    return torch.full((2, 6), 3), torch.full((2, 6), 4)
+
+
+JOB = Job(generic.drops, data=same_tokens)
+LAYOUTS = {
+    "two stages": (2, JOB), "two stages, twice": (4, replace(JOB, micro_batches=2)),
+    "four stages": (4, replace(JOB, stages=4)), "recomputed": (2, replace(JOB, interval=4)),
+}
 
 
 def masks(job: Job) -> list[list[Any]]:
-    """Per step the (layer, mask) of every dropout on this rank, recomputed ones too; then again for the same step."""
-    engine = build(replace(job, steps=2))
+    """Per step the (layer, mask) of every dropout on this rank, recomputed ones too."""
+    engine = build(job)
     seen: list[Any] = []
     for name, module in engine.module.named_modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda m, x, y, name=name: seen.append((name, y.shape, tuple((y == 0).flatten()
-                                                                                                     .tolist()))))
+            module.register_forward_hook(
+                lambda module, x, y, name=name: seen.append((name, tuple((y == 0).flatten().tolist()))))
     data = batches(engine, job)
     steps = []
     for _ in range(2):
