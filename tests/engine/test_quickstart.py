@@ -54,7 +54,7 @@ def test_metrics(folder: Path):
         assert all(row[column] for column in COLUMNS if column != "held_out_loss")
         assert 0 <= float(row["max_violation"]) <= 7
     rates = [float(row["lr"]) for row in rows[1:]]
-    assert max(rates) <= 0.003 and len(set(rates)) > 1, "the scheduler follows --steps"
+    assert max(rates) <= 0.001 and len(set(rates)) > 1, "the scheduler follows --steps"
 
 
 def test_pictures_are_not_blank(folder: Path):
