@@ -92,6 +92,8 @@ def open_data(args: argparse.Namespace, vocab_size: int) -> tuple[GPTDataset, GP
     def dataset(sources: list[str] | None, split: str) -> GPTDataset:
         if sources is None:
             stream = text_stream(standard_library_files(split), tokenizer)
+        elif not is_indexed(sources) and any(source.endswith((".idx", ".bin")) for source in sources):
+            raise megatron_ext.UserError(f"--data {' '.join(sources)}: a .bin/.idx pair stands alone, as one argument")
         elif is_indexed(sources):
             stream = IndexedDataset(sources[0])
         else:
@@ -137,6 +139,9 @@ def main() -> None:
         engine, *_ = megatron_ext.initialize(model=model, training_data=training, config=config)
         if args.resume:
             engine.load_checkpoint(str(args.out / "checkpoint"))
+            if engine.global_steps >= args.steps:
+                rule = f"the checkpoint is at step {engine.global_steps} already"
+                raise megatron_ext.ConfigError("--steps", args.steps, rule, "give a larger number to go on")
         train(args, config, engine, held_out)
 
 

@@ -92,6 +92,10 @@ def parse_section(ds_config: Mapping[str, Any]) -> MegatronExtConfig:
     Raises:
         ConfigError: for the first key, in file order, that is unknown, of a later version or has a wrong value.
     """
+    for key in ds_config:  # a section under another name would be ignored as a whole, by DeepSpeed and by us
+        name = str(key).strip().lower().replace("-", "_")
+        if key != SECTION and difflib.SequenceMatcher(None, name, SECTION).ratio() > 0.85:
+            raise ConfigError(str(key), ds_config[key], "is no section", f"did you mean {SECTION}?")
     document = ds_config.get(SECTION, {})
     try:
         config = MegatronExtConfig.model_validate(document)

@@ -43,6 +43,10 @@ def user_errors_on_one_line() -> Iterator[None]:
             _say(f"{_finder(error)}{type(error).__name__}: {error}")
         _wait_for_others(str(error))
         _leave()
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            _say("interrupted")
+        _leave()
     except Exception as error:
         if not (isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)):
             _first_to_say(repr(error))

@@ -80,6 +80,8 @@ class CheckpointMixin:
         if groups.rank == 0:
             native.write_manifest(folder, manifest, {n: s for part in sums for n, s in part.items()})
             native.publish(folder, tag)
+            for left in Path(save_dir).glob("*" + native.UNFINISHED):  # of saves that were cut off
+                shutil.rmtree(left, ignore_errors=True)
             if save_latest:
                 native.replace_file(Path(save_dir) / "latest", tag)
         dist.barrier(group=groups.control)

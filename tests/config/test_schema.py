@@ -151,3 +151,13 @@ def test_the_first_mistake_of_the_file_is_reported():
     assert message(wrong).startswith("megatron_ext.pipeline.stages = 'x'")
     wrong["pipeline"] = dict(reversed(wrong["pipeline"].items()))
     assert message(wrong).startswith("megatron_ext.pipeline.chunks = 2")
+
+
+@pytest.mark.parametrize("name", ["megatron-ext", "Megatron_ext", "megatron_ext ", "megatronext", "megatron_exts"])
+def test_a_section_with_nearly_our_name_is_not_ignored(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no section; did you mean megatron_ext"):
+        parse_section({name: {"fp8": {"enabled": True}}})
+
+
+def test_other_sections_are_nobody_elses_business() -> None:
+    assert parse_section({"megatron": {}, "extension": {}, "zero_optimization": {}}) == parse_section({})
