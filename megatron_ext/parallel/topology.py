@@ -135,9 +135,10 @@ def check_sizes(world_size: int, stages: int, expert_parallel: int) -> None:
     if stages < 2 or stages % 2:
         raise ConfigError(key, stages, "a bidirectional pipeline needs an even number of ranks, at least 2")
     if world_size % stages:
+        fewer = world_size // stages * stages
         raise ConfigError(key, stages, f"must divide the {world_size} ranks of this job: "
                           f"{world_size} = {stages} x {world_size // stages} + {world_size % stages}",
-                          f"start {max(world_size // stages, 1) * stages} or {(world_size // stages + 1) * stages} ranks")
+                          f"start {fewer} or {fewer + stages} ranks" if fewer else f"start {stages} ranks")
     replicas = world_size // stages
     if expert_parallel < 1 or replicas % expert_parallel:
         raise ConfigError("megatron_ext.expert_parallel.size", expert_parallel,
