@@ -195,11 +195,11 @@ class RunRecord:
         steps, losses = self._points("held_out_loss")
         if losses:
             axes.plot(steps, losses, "o-", color="#d9682b", markersize=4, linewidth=1.5, label="held out")
-            for k in {0, len(losses) - 1}:
-                axes.annotate(f"{losses[k]:.2f}", (steps[k], losses[k]), (7, -3), textcoords="offset points",
+            for k, offset in {0: (7, -3), len(losses) - 1: (-10, 8)}.items():
+                axes.annotate(f"{losses[k]:.2f}", (steps[k], losses[k]), offset, textcoords="offset points",
                               color="#d9682b")
         axes.set(xlabel="step", ylabel=f"loss [nats per {self.unit}]", title="Loss")
-        axes.margins(x=0.06)
+        axes.margins(x=0.04)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         return self._save(figure, "loss.png")
