@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
-app = typer.Typer(name="megatron-ext", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+import typer
+from typer.core import TyperGroup
+
+from megatron_ext.cli import schedule
+from megatron_ext.config.errors import UserError
+
+
+class _Commands(TyperGroup):
+    """What is wrong with the user's input is said in one line, without a traceback; the exit code is 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(name="megatron-ext", cls=_Commands, no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False)
+app.add_typer(schedule.app, name="schedule")
 
 
 @app.callback()

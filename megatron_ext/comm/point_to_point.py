@@ -20,6 +20,7 @@ tests put several ranks on one GPU.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,9 +76,27 @@ class Spec:
     def of(tensors: Sequence[Tensor], is_tuple: bool) -> Spec:
         return Spec(tuple(TensorSpec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors), is_tuple)
 
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors)
+
     def fits(self, other: Spec) -> bool:
         """Whether buffers for `other` can take this payload."""
         return [t[:2] for t in self.tensors] == [t[:2] for t in other.tensors]
+
+
+def check_sendable(key: Key, value: object) -> tuple[Tensor, ...]:
+    """What a stage passes on, as a tuple of tensors.
+
+    Raises:
+        MessageError: it is not a tensor or a tuple of tensors.
+    """
+    tensors = value if isinstance(value, tuple) else (value,)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a "
+                               "tuple of tensors")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -247,32 +266,34 @@ class Messenger:
 
     Args:
         groups: payload group per channel name (kind and direction, "F0"), in the same order on all ranks, or one per
-            peer of the channel; over gloo they may all be one.
+            (sender, receiver); over gloo they may all be one.
         control: a gloo group over all ranks, for headers.
         device: where payloads live.
     """
 
-    def __init__(self, groups: Mapping[str, ProcessGroup | Mapping[int, ProcessGroup]], control: ProcessGroup,
+    def __init__(self, groups: Mapping[str, ProcessGroup | Mapping[tuple[int, int], ProcessGroup]], control: ProcessGroup,
                  device: torch.device):
         self.groups, self.control, self.device = groups, control, device
         self._outboxes: dict[tuple[str, int], _Outbox] = {}
         self._inboxes: dict[tuple[str, int], _Inbox] = {}
 
-    def _line(self, name: str, peer: int) -> _Line:
-        group = self.groups[name]
-        payload = group[peer] if isinstance(group, Mapping) else group
+    def _line(self, name: str, peer: int, sending: bool) -> _Line:
+        payload = self.groups[name]
+        if isinstance(payload, Mapping):
+            rank = dist.get_rank()
+            payload = payload[(rank, peer) if sending else (peer, rank)]
         return _Line(peer, 2 * list(self.groups).index(name), payload, self.control, self.device)
 
     def _outbox(self, key: Key, peer: int) -> _Outbox:
         where = (f"{key.kind}{key.direction}", peer)
         if where not in self._outboxes:
-            self._outboxes[where] = _Outbox(self._line(*where))
+            self._outboxes[where] = _Outbox(self._line(*where, sending=True))
         return self._outboxes[where]
 
     def _inbox(self, key: Key, peer: int) -> _Inbox:
         where = (f"{key.kind}{key.direction}", peer)
         if where not in self._inboxes:
-            self._inboxes[where] = _Inbox(self._line(*where))
+            self._inboxes[where] = _Inbox(self._line(*where, sending=False))
         return self._inboxes[where]
 
     def expect(self, messages: Sequence[tuple[Key, int]]) -> None:
@@ -288,11 +309,7 @@ class Messenger:
         Raises:
             MessageError: the value is not a tensor or a tuple of some tensors, or of a dtype that cannot be sent.
         """
-        tensors = value if isinstance(value, tuple) else (value,)
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a "
-                                   "tuple of tensors")
+        tensors = check_sendable(key, value)
         received = tuple(inbox.received if (inbox := self._inboxes.get((name, destination))) else 0
                          for name in self.groups)
         self._outbox(key, destination).send(key, tensors, isinstance(value, tuple), received)
@@ -313,6 +330,12 @@ class Messenger:
                 if (name, source) in self._outboxes:
                     self._outboxes[name, source].acknowledge(count)
         return inbox.early.pop(key)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message that this rank has sent or received."""
+        ends = [*self._outboxes.values(), *self._inboxes.values()]
+        return max((e.previous.bytes for e in ends if e.previous is not None), default=1)
 
     @property
     def under_way(self) -> int:

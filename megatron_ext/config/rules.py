@@ -149,9 +149,18 @@ def check_deepspeed_config(ds_config: Mapping[str, Any], section: MegatronExtCon
         if (value := _lookup(ds_config, key)) not in (None, 0, 1):
             raise ConfigError(key, value, f"{kind} parallelism is not supported",
                               "the ranks are divided into pipeline stages, replicas and experts")
+    _check_pipeline(section)
     _check_zero(ds_config)
     _check_numbers(ds_config)
     _check_moments(ds_config, section)
+
+
+def _check_pipeline(section: MegatronExtConfig) -> None:
+    pipeline = section.pipeline
+    if pipeline.placement is not None and pipeline.schedule != "auto":
+        raise ConfigError("megatron_ext.pipeline.placement", pipeline.placement,
+                          f'is for the schedule "auto"; {pipeline.schedule!r} has a placement of its own',
+                          "remove one of the two")
 
 
 def _check_zero(ds_config: Mapping[str, Any]) -> None:

@@ -23,11 +23,31 @@ class _Section(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
+    def given(self, key: str) -> Any:
+        """The value of a key that the user has written; None for a default."""
+        return getattr(self, key) if key in self.model_fields_set else None
+
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved_paired", "zb_h1", "zbv", "dualpipe", "dualpipev",
+             "dualpipe_zb", "dualpipe_interleaved", "wave", "chimera", "auto")
+"""Those of megatron_ext/pipeline/schedules, which this row must not import, and "auto"."""
+
 
 class PipelineSection(_Section):
-    schedule: Literal["dualpipe"] = Field(default="dualpipe", description='"dualpipe"')
+    schedule: str = Field(
+        default="dualpipe", pattern="^(" + "|".join(SCHEDULES) + ")$",
+        description="one of " + ", ".join(f'"{name}"' for name in SCHEDULES))
     stages: int | None = Field(
         default=None, ge=1, description="an integer of at least 1, or null (the module's own num_stages)")
+    chunks: int = Field(default=1, ge=1, description="an integer of at least 1 (stages of one direction on each rank)")
+    placement: Literal["bidirectional", "ring", "wave"] | None = Field(
+        default=None, description='"bidirectional", "ring", "wave" or null (that of the schedule; for "auto", '
+        'bidirectional)')
+    memory_limit: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False,
+        description="a number above 0 (activations a rank may hold, each its share of the model for one micro-batch), "
+        "or null")
+    trace: str | None = Field(default=None, min_length=1, description="a folder, or null")
 
 
 class ExpertParallelSection(_Section):
@@ -75,13 +95,11 @@ class MegatronExtConfig(_Section):
 # What the design has and this version has not, so that the message can say so.
 _LATER_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (): ("recompute", "ema", "load"),
-    ("pipeline",): ("chunks", "memory_limit", "overlap", "trace"),
+    ("pipeline",): ("overlap",),
     ("expert_parallel",): ("two_hop", "ranks_per_node"),
     ("router",): ("sequence_loss",),
 }
 _LATER_VALUES: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("pipeline", "schedule"): ("gpipe", "1f1b", "interleaved", "interleaved_paired", "zb_h1", "zbv", "dualpipev",
-                               "dualpipe_zb", "dualpipe_interleaved", "wave", "chimera", "auto"),
     ("kernels", "backend"): ("triton", "cuda", "torch", "deep_gemm"),
 }
 

@@ -97,7 +97,7 @@ class CheckpointMixin:
     def _placement(self) -> dict[str, Any]:
         grid = self.process_groups.topology
         return {"stages": grid.stages, "replicas": grid.replicas, "expert_parallel": grid.expert_parallel,
-                "bounds": self.module.bounds}
+                "bounds": self.module.bounds, "ranks": self.module.placement}
 
     def _tensors(self, exclude_frozen: bool = False) -> dict[str, str]:
         """Names and shapes of the whole model, stacked experts with all of theirs; collective."""
@@ -115,7 +115,7 @@ class CheckpointMixin:
                 "device": None if self.device.type == "cpu" else get_accelerator().get_rng_state(),
                 "numpy": (name, internal.tolist(), *rest), "python": random.getstate(),
                 "data": loader.state_dict() if self.is_first_stage() and hasattr(loader, "state_dict") else None,
-                "optimizer": self._optimizer_layout(),
+                "optimizer": self._optimizer_layout(), "schedule": self._choice_state(),
                 "scheduled": [{k: group[k] for k in _SCHEDULED if k in group} for group in self._parameter_groups()]}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -199,6 +199,7 @@ class CheckpointMixin:
             self._load_unoptimized(Path(path).parent)
         elif not load_module_only:
             self._restore_rank_state(state)
+            self._restore_choice(state["schedule"])
             if load_lr_scheduler_states and self.lr_scheduler is not None:
                 # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
                 for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):
@@ -230,6 +231,10 @@ class CheckpointMixin:
             if saved[key] != ours[key]:
                 raise CheckpointError(folder, f"was saved with {key} = {saved[key]}", f"this job has {ours[key]}",
                                       f"change {setting} to resume")
+        if saved["ranks"] != ours["ranks"]:
+            raise CheckpointError(folder, f"was saved under the schedule {manifest['schedule']!r}",
+                                  f"{self.module.schedule!r} places the stages on other ranks",
+                                  "resume under a schedule of the same placement")
         if saved["bounds"] != ours["bounds"]:
             raise CheckpointError(folder, f"its stages begin at layers {saved['bounds']}",
                                   f"this model's at {ours['bounds']}", "the model or its partition_method is another")

@@ -1,11 +1,12 @@
-"""The engine: DeepSpeed's, with a bidirectional pipeline for a training step.
+"""The engine: DeepSpeed's, with a pipeline of ours for a training step.
 
 It subclasses `DeepSpeedEngine`, not DeepSpeed's `PipelineEngine`: ZeRO-1/2 with or without offload, the optimizers, the
-schedulers, monitors and checkpoints stay DeepSpeed's own, and learn through the `mpu` that mirrored ranks are replicas.
+schedulers, monitors and checkpoints stay DeepSpeed's own, and learn through the `mpu` which ranks are replicas.
 What is ours is the order of a step: schedule, FP32 gradients, one reduction, one optimizer step, one move of the
 routers' biases (DeepSeek-V3 report, sections 2.1.2, 3.2 and 3.3).
 
-Letters: P pipeline ranks, 2D data shards, n = gradient_accumulation_steps micro-batches per direction.
+Letters: P pipeline ranks; data shards: 2D under two directions, D under one; n = gradient_accumulation_steps
+micro-batches per direction.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_ext.engine import gradients
 from megatron_ext.engine.checkpoint import CheckpointMixin
 from megatron_ext.engine.optimizers import OptimizerMixin, PipelineZeroOptimizer
 from megatron_ext.engine.report import ReportMixin
+from megatron_ext.engine.schedule_choice import ScheduleMixin
 from megatron_ext.engine.shards import compare_first_batches
 from megatron_ext.fp8 import Precision, WeightCache, check_backend
 from megatron_ext.layers.balancing import update_biases
@@ -38,17 +40,14 @@ from megatron_ext.layers.router import Router
 from megatron_ext.parallel import agreed
 from megatron_ext.pipeline.evaluation import forward_only
 from megatron_ext.pipeline.executor import BatchError, Batches, Executor
-from megatron_ext.pipeline.instructions import Plan
 from megatron_ext.pipeline.module import PipelineModule
-from megatron_ext.pipeline.schedules import schedule
 from megatron_ext.pipeline.timeline import Timeline
-from megatron_ext.pipeline.verifier import verify
 from megatron_ext.pipeline.weight_gradients import WeightGradients, hooked_parameters
 
 log = logging.getLogger("megatron_ext")
 
 
-class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngine):
+class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin, DeepSpeedEngine):
     """What `megatron_ext.initialize` returns for a `PipelineModule`.
 
     Attributes:
@@ -99,7 +98,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
             model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
             synchronize=get_accelerator().synchronize)
-        self._plans: dict[tuple[str, int], Plan] = {}
+        self._start_schedule()
         self._data_iterator: Iterator[Any] | None = None
         self._batches_compared = False
         self._failure: str | None = None
@@ -120,7 +119,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         names = {p: name for name, p in self.module.named_parameters()}
         whole = sorted(names[p] for p in self.weights.whole if p.dim() > 1)
         deepspeed.utils.log_dist(
-            f"pipeline rank {self.module.stage_rank} runs stages {self.module.stages} of {self.module.num_stages}; "
+            f"pipeline rank {self.module.stage_rank} runs stages {self.module.stages} of "
+            f"{len(self.module.bounds) - 1}; "
             + ("every weight matrix takes its gradient apart (W)" if not whole else
                f"the gradient of {len(whole)} of {sum(p.dim() > 1 for p in names)} weight matrices comes with the "
                f"input's (I): {', '.join(whole[:4])}" + (" ..." if len(whole) > 4 else "")), ranks=[0])
@@ -134,7 +134,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
             self.num_experts = sorted({p.num_experts for p in experts})
 
     def _synchronize_tied(self) -> None:
-        """Makes the groups of tied parameters that lie on several pairs, and gives all holders the owner's values."""
+        """Makes the groups of tied parameters that several ranks hold, and gives all holders the owner's values."""
         self._tied_groups: list[tuple[list[nn.Parameter], Any]] = []
         groups = self.process_groups
         for key, ranks_of in self.module.tied_groups_ranks.items():
@@ -160,21 +160,21 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which of the 2D shards of the data this rank reads, if the first stage of a direction is here."""
+        """Which shard of the data this rank reads, if the first stage of a direction is here."""
         return self.mpu.get_data_parallel_rank()
 
     @property
     def data_parallel_world_size(self) -> int:
-        """2D."""
+        """2D, or D under a schedule of one direction."""
         return self.mpu.get_data_parallel_world_size()
 
     def is_first_stage(self) -> bool:
         """Whether a direction starts here, so that this rank reads data."""
-        return self.module.stage_rank in (0, self.module.num_stages - 1)
+        return any(place[0] == self.module.stage_rank for place in self.module.placement)
 
     def is_last_stage(self) -> bool:
         """Whether a direction ends here; under a bidirectional schedule that is where the other starts."""
-        return self.is_first_stage()
+        return any(place[-1] == self.module.stage_rank for place in self.module.placement)
 
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         """The data of following batches, as in DeepSpeed's pipeline engine."""
@@ -188,16 +188,6 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
     def record_next_batch(self) -> None:
         """Times every computation of the next `train_batch`, waiting for the device around each; see `timeline`."""
         self._record = True
-
-    def plan(self, micro_batches: int | None = None) -> Plan:
-        """The schedule of a training step."""
-        total = 2 * (micro_batches or self.gradient_accumulation_steps())
-        key = (self.module.schedule, total)
-        if key not in self._plans:
-            plan = schedule(self.module.schedule, stages=self.module.num_stages, micro_batches=total)
-            verify(plan)
-            self._plans[key] = plan
-        return self._plans[key]
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("a pipeline runs whole batches: use train_batch() or eval_batch()")
@@ -247,7 +237,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
               gradients.none_left_by_an_error(self.weights.parameters)):
             with self._timed("pipeline"):
-                outcome = self.executor.run(plan, batches, self.global_steps, record=self._record)
+                recorded = self._record or self._measuring() or self._wants_trace()
+                outcome = self.executor.run(plan, batches, self.global_steps, record=recorded)
             self._sum_tied()
             if zero:
                 gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
@@ -257,6 +248,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         self.tput_timer.stop(global_step=True)
         if self._record:
             self._gather_timeline(plan, outcome.spans)
+        self._after_step(plan, outcome.spans)
         if not self._split_told:
             self._tell_split()
         return loss
@@ -357,7 +349,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         if iterator is None:
             raise BatchError(f"{asked_by}: there is no data; give it an iterator"
                              + (", or initialize(training_data=...)" if asked_by == "train_batch" else ""))
-        return {0 if self.module.stage_rank == 0 else 1: iterator}
+        return {d: iterator for d, place in enumerate(self.module.placement) if place[0] == self.module.stage_rank}
 
     # -- evaluation
 
@@ -365,7 +357,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
     def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
                    reduce_output: str | None = "avg", bcast_loss: bool = True,
                    num_micro_batches: int | None = None) -> Any:
-        """Forward only, over both directions.
+        """Forward only, over all directions.
 
         Args:
             data_iter: on ranks where a direction starts: batches of this rank's shard.
@@ -378,10 +370,9 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         if reduce_output not in ("avg", None):
             raise ConfigError("reduce_output", reduce_output, 'must be "avg" or None')
         count = num_micro_batches or self.gradient_accumulation_steps()
-        placement = self.plan().placement
-        key = ("evaluation", 2 * count)
+        key = ("evaluation", self._total(count))
         if key not in self._plans:
-            self._plans[key] = forward_only(placement, self.module.num_stages, 2 * count)
+            self._plans[key] = forward_only(self.module.placement, self.module.num_stages, key[1])
         was_training = self.module.training
         self.module.eval()
         try:
@@ -397,11 +388,11 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ReportMixin, DeepSpeedEngi
         return (loss, outputs) if return_logits else loss
 
     def _all_losses(self, losses: list[Tensor], count: int) -> Tensor:
-        """[n * 2D] losses in the order of the global batch; a rank has those of one direction, by micro-batch."""
+        """[n * shards] losses in the order of the global batch; a rank has those of one direction, by micro-batch."""
         grid = self.process_groups.topology
         every = torch.zeros(count, grid.data_parallel_size, device=self.device)
         if losses:
-            direction = 1 if self.module.stage_rank == 0 else 0  # the one that ends here
+            [direction] = [d for d, p in enumerate(self.module.placement) if p[-1] == self.module.stage_rank]
             every[:, grid.shard(direction, grid.replica(self.process_groups.rank))] = torch.stack(losses)
         dist.all_reduce(every)
         return every.flatten()

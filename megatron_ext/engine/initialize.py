@@ -23,7 +23,7 @@ from megatron_ext.engine import private
 from megatron_ext.engine.engine import PipelineEngine
 from megatron_ext.engine.gradients import is_expert
 from megatron_ext.optimizer import AdamW
-from megatron_ext.parallel import MirroredPipelineUnit, agreed
+from megatron_ext.parallel import PipelineUnit, agreed
 from megatron_ext.parallel.extensions import announce_build, check_stale_locks
 from megatron_ext.pipeline.module import PipelineModule
 
@@ -68,7 +68,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         if optimizer is not None or ds_config.get("optimizer"):
             _check_trainable(model)
     groups = model.groups
-    _compare_settings({**ds_config, "base_seed": model.base_seed, "partition_method": model.bounds}, groups.control)
+    _compare_settings({**ds_config, "base_seed": model.base_seed, "partition_method": model.bounds,
+                       "schedule": model.schedule, "placement": model.placement}, groups.control)
     private.register_expert_groups(f"ep_size_{groups.topology.expert_parallel}", groups.expert_parallel,
                                    groups.expert_parallel_ranks, groups.expert_data_parallel,
                                    groups.expert_data_parallel_ranks)
@@ -79,7 +80,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     with patch.object(deepspeed, "DeepSpeedEngine", PipelineEngine):
         return deepspeed.initialize(args=None, model=model, optimizer=optimizer, model_parameters=model_parameters,
                                     training_data=training_data, lr_scheduler=lr_scheduler,
-                                    distributed_port=distributed_port, mpu=MirroredPipelineUnit(groups),
+                                    distributed_port=distributed_port, mpu=PipelineUnit(groups),
                                     dist_init_required=dist_init_required, collate_fn=collate_fn, config=ds_config,
                                     mesh_param=mesh_param)
 
@@ -147,9 +148,11 @@ def _compare_settings(settings: dict[str, Any], control: Any) -> None:
 
 
 def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:
+    asked_schedule = section.pipeline.given("schedule")
     for key, built, asked in (
             ("pipeline.stages", model.num_stages, section.pipeline.stages),
-            ("pipeline.schedule", model.schedule, section.pipeline.schedule),
+            ("pipeline.schedule", model.schedule, None if asked_schedule == "auto" else asked_schedule),
+            ("pipeline.chunks", model.chunks, section.pipeline.chunks if section.pipeline.chunks > 1 else None),
             ("expert_parallel.size", model.topology.expert_parallel, section.expert_parallel.size)):
         if asked is not None and asked != built:
             raise ConfigError(f"megatron_ext.{key}", asked,

@@ -18,6 +18,10 @@ from megatron_ext.parallel.expert_parallel import ExpertParallel
 from megatron_ext.parallel.topology import Topology
 
 
+Edges = dict[tuple[int, int], ProcessGroup]
+"""(sender, receiver) -> the group of the two."""
+
+
 def default_timeout() -> timedelta:
     """The timeout that the default process group was made with (`deepspeed.init_distributed(timeout=...)`)."""
     world = dist.group.WORLD
@@ -30,15 +34,15 @@ class ProcessGroups:
     """The groups that this rank is in.
 
     Attributes:
-        data_parallel: 2D ranks with the same parameters; group rank = data shard.
-        model_parallel: P/2 ranks that together hold every parameter once.
+        data_parallel: ranks with the same parameters; group rank = data shard.
+        model_parallel: ranks that together hold every parameter once.
         pipeline: the P ranks of this replica.
         expert_parallel: None if experts are not split.
         expert_data_parallel: ranks with the same experts.
         control: all ranks, on the CPU over gloo, for what the host must know without waiting for a device.
         messages: for payloads between stages, per channel (kind and direction). gloo has tags, and one group serves
-            all. Elsewhere, by peer: NCCL runs what is asked of a group in the order of asking, so a rank that posts a
-            receive ahead would hold up its own sends behind it. With a group for each channel and pair of ranks
+            all. Elsewhere, by (sender, receiver): NCCL runs what is asked of a group in the order of asking, so a rank
+            that posts a receive ahead would hold up its own sends behind it. With a group for each channel and edge
             nothing waits for anything but its own counterpart.
     """
 
@@ -55,19 +59,18 @@ class ProcessGroups:
     expert_data_parallel: ProcessGroup
     expert_data_parallel_ranks: list[int]
     control: ProcessGroup
-    messages: dict[str, ProcessGroup | dict[int, ProcessGroup]] = field(default_factory=dict)
+    messages: dict[str, ProcessGroup | Edges] = field(default_factory=dict)
 
     @staticmethod
     def create(topology: Topology, timeout: timedelta | None = None,
-               channels: Sequence[str] = ("F0", "F1", "B0", "B1", "L0", "L1"),
-               by_peer: bool | None = None) -> ProcessGroups:
+               channels: Sequence[str] | None = None, by_edge: bool | None = None) -> ProcessGroups:
         """Makes all groups; collective over the default process group.
 
         Args:
             topology: must fill the world.
             timeout: of every group; the default group's if None.
-            channels: names of the pipeline's message channels.
-            by_peer: a group of messages for every pair of ranks; by default where the backend is not gloo.
+            channels: names of the pipeline's message channels; those of the topology if None.
+            by_edge: a group of messages for every sender and receiver; by default where the backend is not gloo.
         """
         rank, everyone = dist.get_rank(), list(range(topology.world_size))
         assert topology.world_size == dist.get_world_size(), (topology, dist.get_world_size())
@@ -85,9 +88,10 @@ class ProcessGroups:
         expert, expert_ranks = mine(topology.expert_parallel_groups())
         expert_data, expert_data_ranks = mine(topology.expert_data_parallel_groups())
         control = dist.new_group(everyone, timeout=timeout, backend="gloo")
-        messages: dict[str, ProcessGroup | dict[int, ProcessGroup]] = dict.fromkeys(channels, control)
-        if dist.get_backend() != "gloo" if by_peer is None else by_peer:
-            messages = {c: _by_peer(topology.message_edges(c), rank, timeout) for c in channels}
+        channels = topology.channels() if channels is None else channels
+        messages: dict[str, ProcessGroup | Edges] = dict.fromkeys(channels, control)
+        if dist.get_backend() != "gloo" if by_edge is None else by_edge:
+            messages = {c: _by_edge(topology.message_edges(c), rank, timeout) for c in channels}
         return ProcessGroups(topology, rank, timeout, data, data_ranks, model, model_ranks, pipeline, expert,
                              expert_ranks, expert_data, expert_data_ranks, control, messages)
 
@@ -98,7 +102,7 @@ class ProcessGroups:
         return ExpertParallel(self.expert_parallel if size > 1 else None, size, rank, name=f"ep_size_{size}")
 
 
-def _by_peer(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) -> dict[int, ProcessGroup]:
+def _by_edge(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) -> Edges:
     """This rank's groups of one channel; `edges` are (sender, receiver), in an order that is the same on all ranks.
 
     All ranks make all of them: torch names a group made by its own ranks alone after the number of groups each has,
@@ -107,7 +111,7 @@ def _by_peer(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) ->
     """
     groups = {}
     for sender, receiver in edges:
-        group = dist.new_group([sender, receiver], timeout=timeout)
+        group = dist.new_group(sorted((sender, receiver)), timeout=timeout)
         if rank in (sender, receiver):
             device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
             token = torch.zeros(1, device=device)
@@ -115,5 +119,5 @@ def _by_peer(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) ->
                 dist.send(token, receiver, group=group)
             else:
                 dist.recv(token, sender, group=group)
-            groups[receiver if rank == sender else sender] = group
+            groups[sender, receiver] = group
     return groups

@@ -1,9 +1,9 @@
-"""The model-parallel unit through which DeepSpeed learns that mirrored ranks are data-parallel replicas.
+"""The model-parallel unit through which DeepSpeed learns which ranks hold the same parameters.
 
 DeepSpeed asks an `mpu` for its data-parallel group (ZeRO shards over it), its model-parallel group (gradient norms
 and overflow are summed over it) and a model-parallel rank (it names checkpoint files). With the data-parallel group
-of size 2D and the P/2 pairs as model-parallel ranks, stock ZeRO-1/2, clipping, offload and universal checkpoints are
-right as they are. Method names are DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
+of size 2D and the P/2 mirrored pairs as model-parallel ranks (of size D, and the P ranks of the pipeline, under one
+direction), stock ZeRO-1/2, clipping, offload and universal checkpoints are right as they are. Method names are DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from megatron_ext.parallel.groups import ProcessGroups
 
 
-class MirroredPipelineUnit:
-    """`mpu` of a rank in a bidirectional pipeline. No tensor, slice or sequence parallelism."""
+class PipelineUnit:
+    """`mpu` of a rank in a pipeline. No tensor, slice or sequence parallelism."""
 
     def __init__(self, groups: ProcessGroups):
         self.groups = groups
@@ -36,18 +36,18 @@ class MirroredPipelineUnit:
         return self.groups.model_parallel
 
     def get_model_parallel_world_size(self) -> int:
-        return self.topology.pairs
+        return self.topology.holders
 
     def get_model_parallel_rank(self) -> int:
-        return self.topology.pair(self.groups.rank)
+        return self.topology.holder(self.groups.rank)
 
     # The pipeline's "world" is the number of distinct holders of parameters: as many mp_rank files as a checkpoint has.
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        return self.topology.pairs
+        return self.topology.holders
 
     def get_pipe_parallel_world_size(self) -> int:
-        return self.topology.pairs
+        return self.topology.holders
 
     def get_pipe_parallel_rank(self) -> int:
         return self.get_model_parallel_rank()

@@ -4,9 +4,11 @@ The executor knows nothing of any schedule. It walks the rank's list; a computat
 and nothing else, a send starts right after the computation that made its data, and receives are posted ahead by the
 messenger. An activation lives from its forward to its input-grad: what is kept of a stage's output is the edge into
 its graph, so the output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients wait in a
-queue of operands (weight_gradients.py) until their W.
+queue of operands (weight_gradients.py) until their W. Where a stage and the next lie on one rank, what passes between
+them is handed over without a message.
 
-A forward-backward pair is one instruction; here its two halves run one after the other.
+A forward-backward pair is one instruction. Its two halves run one after the other, unless a layer of the forward's
+stage offers to run them together (`PipelineModule.paired_step`).
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_ext.comm.point_to_point import Key, MessageError, Messenger, Spec
+from megatron_ext.comm.point_to_point import Key, MessageError, Messenger, Spec, check_sendable
 from megatron_ext.config.errors import UserError
 from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, Transfer
 from megatron_ext.pipeline.module import PipelineModule, Value
@@ -30,6 +33,10 @@ from megatron_ext.pipeline.weight_gradients import WeightGradients
 
 Batches = dict[int, Iterator[Any]]
 """Per direction whose first stage is here: an iterator over (inputs, labels)."""
+
+
+_Input = tuple[list[Tensor], Spec] | None
+"""What another stage made for a computation, or None where it needs nothing."""
 
 
 class BatchError(UserError):
@@ -110,6 +117,7 @@ class Executor:
             self.messenger.finish()
         finally:
             self.set_counting(False)
+        assert not run.handed, f"handed over and never used: {sorted(run.handed)}"
         assert not run.held, f"activations left over: {sorted(run.held)}"
         assert not self.weights.waiting, f"weight gradients left over: {self.weights.waiting}"
         return run.outcome
@@ -128,6 +136,7 @@ class _Run:
         self.last = [len(stages) - 1 for stages in plan.placement]
         self.held: dict[tuple[int, int, int], _Held] = {}
         self.outgoing: dict[Message, Value] = {}
+        self.handed: dict[Key, Value] = {}  # to another stage of this rank
         self.labels: dict[tuple[int, int], Any] = {}
         self.outcome = Outcome()
 
@@ -161,21 +170,44 @@ class _Run:
             ready = [self._prefetch(part) for part in instruction.parts]
             self.x.synchronize()
             start = time.perf_counter()
-            for part, received in zip(instruction.parts, ready, strict=True):
-                self._run(part, received)
+            self._run_parts(instruction, ready)
             self.x.synchronize()
             self.outcome.spans.append(Span(start, time.perf_counter(), instruction))
         else:
-            for part in instruction.parts:
-                self._run(part, self._prefetch(part))
+            self._run_parts(instruction, [self._prefetch(part) for part in instruction.parts])
 
-    def _prefetch(self, part: Compute) -> tuple[list[Tensor], Spec] | None:
-        """Waits for what a computation needs from another rank."""
+    def _run_parts(self, instruction: Compute | Pair, ready: list[_Input]) -> None:
+        runs = [partial(self._run, part, received) for part, received in zip(instruction.parts, ready, strict=True)]
+        together = self.x.module.paired_step(instruction.stage) if len(runs) == 2 else None
+        if together is not None:
+            together(*runs)
+        else:
+            for run in runs:
+                run()
+
+    def _prefetch(self, part: Compute) -> _Input:
+        """Waits for what a computation needs from another stage."""
         for m in self.plan.needs(part):  # one at most
             return self.x.messenger.receive(Key(*m[:4]), self._peer(m.source))
-        return None
+        d, stage, k = part.direction, part.stage, part.micro_batch
+        maker = Key("F", d, stage - 1, k) if part.kind == "F" else Key("B", d, stage + 1, k)
+        if part.kind == "W" or maker not in self.handed:
+            return None
+        value = self.handed.pop(maker)
+        tensors = _tensors(value)
+        return [t.detach() for t in tensors], Spec.of(tensors, isinstance(value, tuple))
 
-    def _run(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+    def _give(self, part: Compute, value: Value) -> None:
+        """Puts aside what a computation made for another stage, here or elsewhere."""
+        messages = self.plan.gives(part)
+        for message in messages:
+            self.outgoing[message] = value
+        if not messages and (part.stage < self.last[part.direction] if part.kind == "F" else part.stage > 0):
+            key = Key("F" if part.kind == "F" else "B", part.direction, part.stage, part.micro_batch)
+            check_sendable(key, value)  # the same rule wherever the next stage is
+            self.handed[key] = value
+
+    def _run(self, part: Compute, received: _Input) -> None:
         where = (part.direction, part.stage, part.micro_batch)
         if part.kind == "F":
             self._forward(part, received)
@@ -184,7 +216,7 @@ class _Run:
         else:
             self._backward(part, received)
 
-    def _forward(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+    def _forward(self, part: Compute, received: _Input) -> None:
         d, stage, k = part.direction, part.stage, part.micro_batch
         inputs: list[Tensor] = []
         if stage == 0:
@@ -209,8 +241,7 @@ class _Run:
             roots = [get_gradient_edge(t) for t in given if t.requires_grad]
             outputs = None if is_last else Spec.of(given, isinstance(output, tuple))
             self.held[d, stage, k] = _Held(inputs, roots, outputs)
-        for message in self.plan.gives(part):
-            self.outgoing[message] = output
+        self._give(part, output)
 
     def _loss(self, direction: int, micro_batch: int, output: Any) -> Tensor:
         loss = output if self.loss_fn is None else self.loss_fn(output, self._labels(direction, micro_batch))
@@ -220,7 +251,7 @@ class _Run:
         self.outcome.losses.append(loss.detach().float().reshape(()))
         return loss
 
-    def _backward(self, part: Compute, received: tuple[list[Tensor], Spec] | None) -> None:
+    def _backward(self, part: Compute, received: _Input) -> None:
         d, stage, k = part.direction, part.stage, part.micro_batch
         held = self.held.pop((d, stage, k))
         gradients: list[Tensor | None]
@@ -232,9 +263,8 @@ class _Run:
         defer = (d, stage, k) if part.kind == "I" else None
         with preserved_generators(self.x.device):
             self.x.weights.backward(held.roots, gradients, defer)
-        for message in self.plan.gives(part):
-            self.outgoing[message] = tuple(
-                torch.zeros_like(t) if t.grad is None else t.grad for t in held.inputs if t.requires_grad)
+        self._give(part, tuple(torch.zeros_like(t) if t.grad is None else t.grad
+                               for t in held.inputs if t.requires_grad))
 
     def _check_gradients(self, part: Compute, found: list[Tensor], outputs: Spec) -> list[Tensor | None]:
         wanted = [t for t in outputs.tensors if t.requires_grad]

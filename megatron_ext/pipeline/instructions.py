@@ -4,6 +4,9 @@ A schedule decides the order of computations on every rank; the messages between
 the placement of stages, so they are derived here once, for every schedule. The verifier, the simulator, the picture and
 the executor all read the same `Plan`.
 
+Instructions and messages are named tuples: a large plan has a hundred thousand of them, and they are the keys by which
+computations and messages are looked up.
+
 Words: a plan has P ranks and m micro-batches in all. A direction is one way through the model (DualPipe of the
 DeepSeek-V3 report, section 3.2.1, has two); `placement[direction][stage]` is the rank that holds a stage. Stages are
 numbered along their direction, the stage that reads the data is 0; micro-batches are numbered per direction.
@@ -11,9 +14,10 @@ numbered along their direction, the stage that reads the data is 0; micro-batche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from megatron_ext.config.errors import UserError
 
@@ -30,8 +34,7 @@ class ScheduleError(UserError):
     """A plan that cannot run, or a schedule that breaks a promise: says what is wrong and where."""
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(NamedTuple):
     """One computation of one stage on one micro-batch.
 
     Kinds: "F" forward; "I" gradient of the input; "W" gradient of the weights, which completes the "I" of the same
@@ -51,8 +54,7 @@ class Compute:
         return f"{self.kind}{self.direction}.{self.micro_batch}"
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """A forward and a backward ("B" or "I") that run as one, so that each hides the other's all-to-all.
 
     `direction`, `stage` and `micro_batch` are those of the forward.
@@ -60,7 +62,10 @@ class Pair:
 
     forward: Compute
     backward: Compute
-    kind: ClassVar[Literal["FB"]] = "FB"
+
+    @property
+    def kind(self) -> Literal["FB"]:
+        return "FB"
 
     @property
     def parts(self) -> tuple[Compute, ...]:
@@ -103,8 +108,7 @@ class Message(NamedTuple):
         return f"{what} {self.direction}.{self.micro_batch} of stage {self.stage}, {ranks}"
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Starts sending ("SF", "SB") or posts the receive ("RF", "RB") of one message; neither waits.
 
     `stage` is the stage that made the message.
@@ -202,6 +206,20 @@ class Plan:
         return "\n".join((head, *rows))
 
 
+class Neighbours(NamedTuple):
+    """For each direction and stage the rank that messages come from or go to; -1: none, or it is the same rank."""
+
+    before: list[list[int]]  # holds the stage before: activations come from there, gradients go there
+    after: list[list[int]]  # holds the stage after
+
+
+def neighbours(placement: list[list[int]]) -> Neighbours:
+    """Where the messages of every stage come from and go to."""
+    after = [[-1 if here == next_ else next_ for here, next_ in pairwise(ranks)] + [-1] for ranks in placement]
+    before = [[-1] + [-1 if here == last else last for last, here in pairwise(ranks)] for ranks in placement]
+    return Neighbours(before, after)
+
+
 def needs(placement: list[list[int]], instruction: Compute | Pair) -> list[Message]:
     """The messages from other ranks that this computation waits for: an activation, a gradient, or in a pair both."""
     found = []
@@ -243,44 +261,73 @@ def with_transfers(
     Raises:
         ScheduleError: a message that is made is never used, or one that is used is never made.
     """
-    use: dict[Message, int] = {}
-    sent: dict[tuple[int, int], list[Message]] = {}
-    sends: list[dict[int, list[Message]]] = [{} for _ in compute]
-    for rank, order in enumerate(compute):
-        for index, instruction in enumerate(order):
-            for message in needs(placement, instruction):
-                use[message] = index
-            made = gives(placement, instruction)
-            if made:
-                sends[rank][index] = made
-            for message in made:
-                sent.setdefault((rank, message.destination), []).append(message)
-    made_at_all = [message for messages in sent.values() for message in messages]
-    _same_messages(made_at_all, use)
-
-    posts: list[dict[int, list[Message]]] = [{} for _ in compute]
+    use, sends, sent = _messages(placement, compute)
+    posts: list[dict[int, list[Transfer]]] = [{} for _ in compute]
     for (_, destination), messages in sent.items():
-        latest = len(compute[destination])
-        slots = []
+        slots, latest = [], len(compute[destination])
         for message in reversed(messages):
-            latest = min(latest, max(0, use[message] - post_ahead))
+            used = use.pop(message, None)
+            if used is None:
+                raise ScheduleError(f"{message}: nobody uses it")
+            latest = max(0, min(latest, used - post_ahead))
             slots.append(latest)
+        post = posts[destination]
         for message, slot in zip(messages, reversed(slots), strict=True):
-            posts[destination].setdefault(slot, []).append(message)
+            post.setdefault(slot, []).append(Transfer(_RECEIVE[message.kind], message))
+    for never in use:
+        raise ScheduleError(f"{Message(*never)}: nobody makes it")
 
     instructions: list[list[Instruction]] = []
     for order, post, send in zip(compute, posts, sends, strict=True):
         out: list[Instruction] = []
         for index, instruction in enumerate(order):
-            out += (Transfer("RF" if message.kind == "F" else "RB", message) for message in post.get(index, ()))
-            out += (Transfer("SF" if message.kind == "F" else "SB", message) for message in send.get(index - 1, ()))
+            if index in post:
+                out += post[index]
+            if index - 1 in send:
+                out += send[index - 1]
             out.append(instruction)
-        out += (Transfer("SF" if message.kind == "F" else "SB", message) for message in send.get(len(order) - 1, ()))
+        out += send.get(len(order) - 1, ())
         instructions.append(out)
     return instructions
 
 
-def _same_messages(made: Iterable[Message], used: Iterable[Message]) -> None:
-    made, used = set(made), set(used)
-    for message in sorted(made ^ used, key=str):
-        raise ScheduleError(f"{message}: " + ("nobody uses it" if message in made else "nobody makes it"))
+_SEND: dict[str, TransferKind] = {"F": "SF", "B": "SB"}
+_RECEIVE: dict[str, TransferKind] = {"F": "RF", "B": "RB"}
+_Key = tuple[Literal["F", "B"], int, int, int, int, int]  # the fields of a Message
+
+
+def _messages(
+    placement: list[list[int]], compute: Sequence[Sequence[Compute | Pair]]
+) -> tuple[dict[_Key, int], list[dict[int, list[Transfer]]], dict[tuple[int, int], list[Message]]]:
+    """Message -> where its receiver uses it; for each rank where it sends; (source, destination) -> order of sends."""
+    before, after = neighbours(placement)
+    use: dict[_Key, int] = {}
+    sends: list[dict[int, list[Transfer]]] = [{} for _ in compute]
+    sent: dict[tuple[int, int], list[Message]] = {}
+    for rank, order in enumerate(compute):
+        send = sends[rank]
+        flow: Literal["F", "B"]
+        for index, instruction in enumerate(order):
+            for kind, direction, stage, micro_batch in (
+                instruction if isinstance(instruction, Pair) else (instruction,)
+            ):
+                if kind == "F":
+                    flow, source, target, maker = "F", before[direction][stage], after[direction][stage], stage - 1
+                elif kind == "W":
+                    continue
+                else:
+                    flow, source, target, maker = "B", after[direction][stage], before[direction][stage], stage + 1
+                if source >= 0:
+                    use[flow, direction, maker, micro_batch, source, rank] = index
+                if target >= 0:
+                    message = Message(flow, direction, stage, micro_batch, rank, target)
+                    transfer = Transfer(_SEND[flow], message)
+                    if index in send:
+                        send[index].append(transfer)
+                    else:
+                        send[index] = [transfer]
+                    if (rank, target) in sent:
+                        sent[rank, target].append(message)
+                    else:
+                        sent[rank, target] = [message]
+    return use, sends, sent

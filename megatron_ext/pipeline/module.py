@@ -1,9 +1,9 @@
 """PipelineModule: a model as a list of layers, of which each rank builds the stages it will run.
 
 The constructor is that of `deepspeed.pipe.PipelineModule` (which cannot be used: it builds one stage per rank and
-`DeepSpeedEngine` treats it apart). Under a bidirectional schedule pipeline rank i builds stages i and P-1-i; both
-ranks of the mirrored pair register the same parameters under the same names in the same order, as ZeRO requires of
-replicas.
+`DeepSpeedEngine` treats it apart). The schedule decides the placement (parallel/placement.py): under a bidirectional
+one pipeline ranks i and P-1-i build the same stages, and register the same parameters under the same names in the same
+order, as ZeRO requires of replicas; interleaved ones give a rank several stages of a direction.
 
 Specs are known by their face alone: a `LayerSpec` has `build()`, a `TiedLayerSpec` also `key`. Layers of ours have
 `canonical_name` (the prefix of their parameters' Hugging Face names) and `set_expert_parallel`; other layers are
@@ -25,9 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ext.config import ConfigError, check_deepspeed_config, load_config, parse_section
 from megatron_ext.layers.linear import split_linears
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
+from megatron_ext.parallel.placement import Placement
+from megatron_ext.pipeline.choice import PLACEMENTS, in_the_config
 from megatron_ext.pipeline.partition import partition
 from megatron_ext.pipeline.random import RandomKey, current_device, preserved_generators
-from megatron_ext.pipeline.schedules import schedule as make_schedule
+from megatron_ext.pipeline.schedules import chunks_of, placement_of
 
 Value = Tensor | tuple[Tensor, ...]
 
@@ -44,7 +46,7 @@ class PipelineModule(nn.Module):
 
     Args:
         layers: specs, modules or functions of one argument, in order; an `nn.Sequential` will do.
-        num_stages: P, pipeline ranks; taken from `config` if None.
+        num_stages: P, pipeline ranks; taken from `config` if None. The model is cut into P x `chunks` stages.
         topology: DeepSpeed's; its pipe axis gives P. Refused with other axes than pipe and data.
         loss_fn: `loss_fn(output of the last layer, labels) -> scalar`; if None the last layer returns the loss.
         seed_layers, seed_fn: as in DeepSpeed; layers are seeded by index in any case, so that a layout never changes
@@ -56,7 +58,8 @@ class PipelineModule(nn.Module):
         checkpointable_layers: class names that may be recomputed; None for all with parameters.
         dynamic_shape: accepted and not needed: messages carry their shapes.
         schedule: the pipeline schedule, which decides the placement; taken from `config` if None.
-        config: path or dict of the DeepSpeed config, to read P, the schedule and the expert-parallel size from.
+        chunks: stages of one direction on each rank, for schedules that interleave; taken from `config` if None.
+        config: path or dict of the DeepSpeed config, to read P, schedule, chunks and the expert-parallel size from.
 
     Raises:
         ConfigError: sizes that cannot work, an argument that disagrees with `config`, layers that share parameters
@@ -69,7 +72,8 @@ class PipelineModule(nn.Module):
                  partition_method: str = "parameters", activation_checkpoint_interval: int = 0,
                  activation_checkpoint_func: Callable[..., Any] | None = None,
                  checkpointable_layers: Sequence[str] | None = None, dynamic_shape: bool = False, *,
-                 schedule: str | None = None, config: str | Path | dict[str, Any] | None = None):
+                 schedule: str | None = None, chunks: int | None = None,
+                 config: str | Path | dict[str, Any] | None = None):
         super().__init__()
         if not dist.is_initialized():
             raise ConfigError("torch.distributed", "not initialised",
@@ -77,8 +81,13 @@ class PipelineModule(nn.Module):
         ds_config = load_config(config) if config is not None else {}
         section = parse_section(ds_config)
         check_deepspeed_config(ds_config, section)  # now, for building a large model takes minutes
-        configured = section.pipeline.schedule if config is not None else None
-        self.schedule = _agree("schedule", schedule, configured, "dualpipe")
+        asked = section.pipeline.given("schedule")
+        # "auto" chooses among the schedules of whatever placement is built.
+        self.schedule = schedule if schedule and asked == "auto" else _agree("schedule", schedule, asked, "dualpipe")
+        self.chunks = _agree("chunks", chunks, section.pipeline.given("chunks"), 1)
+        if self.schedule != "auto":
+            with in_the_config():
+                self.chunks = chunks_of(self.schedule, self.chunks)
         self.num_stages = _agree("stages", _stages_of(topology, num_stages), section.pipeline.stages, None)
         self.loss_fn = loss_fn
         self.base_seed = base_seed
@@ -89,16 +98,17 @@ class PipelineModule(nn.Module):
         self._seed_fn = seed_fn
 
         specs = list(layers)
-        grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size)
-        make_schedule(self.schedule, stages=self.num_stages, micro_batches=2)  # refuses an unknown name
+        grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size,
+                                 self._placement(section.pipeline.placement))
         self.bounds = partition(partition_method, [_type_name(s) for s in specs],
                                 self._count_parameters(specs) if partition_method.lower() == "parameters"
-                                else [0] * len(specs), self.num_stages)
-        _refuse_untied(specs, [grid.pair_of_stage(stage) for stage in self._stage_of_each_layer()])
+                                else [0] * len(specs), grid.total_stages, self.chunks)
+        self.placement = [list(place) for place in grid.placement]
+        _refuse_untied(specs, [grid.holder_of_stage(stage) for stage in self._stage_of_each_layer()])
         self.groups = ProcessGroups.create(grid)
         self.topology = grid
         self.stage_rank = grid.stage_rank(self.groups.rank)
-        self.stages = sorted({self.stage_rank, self.num_stages - 1 - self.stage_rank})
+        self.stages = grid.stages_of(self.stage_rank)
         self.tied_groups_ranks: dict[str, list[list[int]]] = {}
         self._tied: dict[str, nn.Module] = {}
         self._layers: dict[int, list[_Layer]] = {}
@@ -108,6 +118,13 @@ class PipelineModule(nn.Module):
         split_linears(self)
 
     # -- building
+
+    def _placement(self, kind: str | None) -> Placement:
+        """Where the stages lie: as the schedule has them, or for "auto" as the config says."""
+        if self.schedule == "auto":
+            return PLACEMENTS[kind or "bidirectional"](self.num_stages, self.chunks)
+        with in_the_config():
+            return placement_of(self.schedule, self.num_stages, self.chunks)
 
     def _count_parameters(self, specs: Sequence[Any]) -> list[int]:
         """Trainable parameters per layer, without allocating them where the layer can be built on `meta`."""
@@ -126,7 +143,7 @@ class PipelineModule(nn.Module):
         return counts
 
     def _stage_of_each_layer(self) -> list[int]:
-        return [s for s in range(self.num_stages) for _ in range(self.bounds[s], self.bounds[s + 1])]
+        return [s for s in range(len(self.bounds) - 1) for _ in range(self.bounds[s], self.bounds[s + 1])]
 
     def _build_layer(self, spec: Any, index: int, experts: ExpertParallel) -> Any:
         if not _is_spec(spec):
@@ -182,7 +199,7 @@ class PipelineModule(nn.Module):
             if not groups:
                 continue
             self.tied_groups_ranks[key] = groups
-            if key in self._tied and self.topology.pair(self.groups.rank) != self.topology.pair_of_stage(stages[0]):
+            if key in self._tied and self.topology.holder(self.groups.rank) != self.topology.holder_of_stage(stages[0]):
                 # DeepSpeed's mark: gradient norms leave it out.
                 for p in self._tied[key].parameters():
                     p.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -225,6 +242,15 @@ class PipelineModule(nn.Module):
             return all(type(layer.call).__name__ in self._checkpointable for layer in block)
         return any(True for layer in block if isinstance(layer.call, nn.Module) for _ in layer.call.parameters())
 
+    def paired_step(self, stage: int) -> Callable[[Callable[[], None], Callable[[], None]], None] | None:
+        """How a stage runs its forward together with another micro-batch's backward, if a layer of it offers that.
+
+        A layer that has a method `paired_step(forward, backward)` is called in the place of a pair's two halves and
+        calls both, each once.
+        """
+        return next((layer.call.paired_step for layer in self._layers[stage] if hasattr(layer.call, "paired_step")),
+                    None)
+
     def children_with(self, method: str) -> list[Any]:
         """The local layers that have a method of this name, each once."""
         found: dict[int, Any] = {}
@@ -262,13 +288,13 @@ def _type_name(layer: Any) -> str:
     return getattr(kind, "__name__", "")
 
 
-def _refuse_untied(layers: Sequence[Any], pairs: Sequence[int]) -> None:
+def _refuse_untied(layers: Sequence[Any], holders: Sequence[int]) -> None:
     """Modules given ready-made may share parameters only where one rank holds them: elsewhere the copies would part."""
     first_use: dict[int, int] = {}
     for index, layer in enumerate(layers):
         for p in layer.parameters() if isinstance(layer, nn.Module) else ():
             first = first_use.setdefault(id(p), index)
-            if pairs[first] != pairs[index]:
+            if holders[first] != holders[index]:
                 raise ConfigError("layers", [first, index], "share a parameter and lie on different pipeline ranks",
                                   "make both TiedLayerSpecs of one key")
 

@@ -57,20 +57,23 @@ def _cut(prefix: Sequence[float], stages: int, add: Callable[[float, float], flo
     return bounds[::-1]
 
 
-def partition(method: str, names: Sequence[str], parameters: Sequence[int], stages: int) -> list[int]:
+def partition(method: str, names: Sequence[str], parameters: Sequence[int], stages: int,
+              chunks: int = 1) -> list[int]:
     """Bounds by `uniform`, `parameters` or `type:<regex>` (matched against class names, case ignored).
 
     Args:
         names: of each layer's class, or of the function.
         parameters: trainable parameters of each layer.
+        chunks: of a direction on each rank, which is why there are so many stages.
 
     Raises:
         ConfigError: unknown method, more stages than layers, or a regex that is none or matches no layer.
     """
     layers = len(names)
     if stages > layers:
-        raise ConfigError("megatron_ext.pipeline.stages", stages,
-                          f"must not exceed the {layers} layers of the model: a stage would be empty")
+        key, value, these = ("stages", stages, "") if chunks == 1 else ("chunks", chunks, f"make {stages} stages, which ")
+        raise ConfigError(f"megatron_ext.pipeline.{key}", value,
+                          f"{these}must not exceed the {layers} layers of the model: a stage would be empty")
     kind = method.lower()
     if kind == "uniform":
         return balanced([1.0] * layers, stages)

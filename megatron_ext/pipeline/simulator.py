@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from megatron_ext.config.errors import UserError
-from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer
+from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer, neighbours
 from megatron_ext.pipeline.timeline import Span, Timeline
 
 
@@ -22,6 +22,11 @@ class Times:
         forward, input_grad, weight_grad: of F, I and W; a full backward takes I + W.
         pair: of an overlapped forward and full backward; None: their sum. A pair whose backward is "I" takes pair - W.
         message: from one rank to another; not divided over chunks.
+        stages: how the work lies along the model where it is not even: the model is cut into as many equal parts as the
+            tuple has entries, and a stage takes the mean of its parts times the durations above. One entry per stage
+            describes a plan of that many stages, and still fits plans with more or fewer. The durations above are those
+            of a part of length 1, usually the average one. A pair of two different stages gains the mean of what either
+            gains with itself.
     """
 
     forward: float = 1.0
@@ -29,23 +34,74 @@ class Times:
     weight_grad: float = 1.0
     pair: float | None = None
     message: float = 0.0
+    stages: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         parts = (self.forward, self.input_grad, self.weight_grad)
-        if min(*parts, self.full_pair - self.weight_grad, self.message) < 0 or not 0 < sum(parts) < inf:
+        if not min(*parts, self.full_pair - self.weight_grad, self.message) >= 0 or not 0 < sum(parts) < inf:
             raise UserError(f"{self}: durations are not negative, not all zero, and a pair is not shorter than its W")
+        if self.stages is not None and (not self.stages or not 0 < min(self.stages) <= max(self.stages) < inf):
+            raise UserError(f"{self}: the parts of the model have positive lengths")
 
     @property
     def full_pair(self) -> float:
         return self.forward + self.input_grad + self.weight_grad if self.pair is None else self.pair
 
+    @property
+    def gain(self) -> float:
+        """What a forward and a full backward save by running as a pair."""
+        return self.forward + self.input_grad + self.weight_grad - self.full_pair
+
     def of(self, instruction: Compute | Pair) -> float:
-        """The duration of one computation where a rank has one chunk per direction."""
+        """The duration of one computation where a rank has one chunk per direction and all stages are alike."""
         if isinstance(instruction, Pair):
             return self.full_pair - (self.weight_grad if instruction.backward.kind == "I" else 0.0)
         if instruction.kind == "B":
             return self.input_grad + self.weight_grad
         return {"F": self.forward, "I": self.input_grad, "W": self.weight_grad}[instruction.kind]
+
+    def lengths(self, stages: int) -> list[float]:
+        """How much longer or shorter than `forward` etc. say each of this many stages takes; [1, 1, ...] if even."""
+        if self.stages is None or len(set(self.stages)) == 1:
+            return [1.0 if self.stages is None else self.stages[0]] * stages
+        parts = len(self.stages)
+        found = []
+        for stage in range(stages):
+            # In units of 1 / (parts x stages) of the model, stage and parts begin and end at integers.
+            begin, end = stage * parts, (stage + 1) * parts
+            covered = range(begin // stages, (end - 1) // stages + 1)
+            shares = (min(end, (k + 1) * stages) - max(begin, k * stages) for k in covered)
+            found.append(sum(self.stages[k] * share for k, share in zip(covered, shares, strict=True)) / parts)
+        return found
+
+
+class Durations:
+    """How long the computations of a placement take under some times.
+
+    Args:
+        times: for a rank's whole share.
+        stages: of one direction, S.
+        chunks: of one direction per rank.
+    """
+
+    def __init__(self, times: Times, stages: int, chunks: int):
+        lengths = [length / chunks for length in times.lengths(stages)]
+        self.even = len(set(lengths)) == 1
+        backward = times.input_grad + times.weight_grad
+        whole = {"F": times.forward, "I": times.input_grad, "W": times.weight_grad, "B": backward}
+        pair_forward, half = times.forward - times.gain / 2, times.gain / 2
+        self.alone = {kind: [time * length for length in lengths] for kind, time in whole.items()}
+        self.forward_in_pair = [pair_forward * length for length in lengths]
+        self.backward_in_pair = {k: [(whole[k] - half) * length for length in lengths] for k in ("I", "B")}
+        self.pair = {kind: (times.full_pair - (times.weight_grad if kind == "I" else 0)) * lengths[0] for kind in "IB"}
+
+    def of(self, instruction: Compute | Pair) -> float:
+        if isinstance(instruction, Compute):
+            return self.alone[instruction.kind][instruction.stage]
+        forward, backward = instruction
+        if self.even:
+            return self.pair[backward.kind]
+        return self.forward_in_pair[forward.stage] + self.backward_in_pair[backward.kind][backward.stage]
 
 
 @dataclass(frozen=True)
@@ -72,42 +128,90 @@ def simulate(plan: Plan, times: Times | None = None) -> Result:
         ScheduleError: the ranks wait for each other for ever.
     """
     times = times or Times()
-    sent: dict[Message, float] = {}  # a message's send, then its receive; it arrives when it has both
-    posted: dict[Message, float] = {}
-    waiting: dict[Message, int] = {}
-    position, clock = [0] * plan.stages, [0.0] * plan.stages
-    spans: list[list[Span]] = [[] for _ in range(plan.stages)]
-    runnable = list(range(plan.stages))[::-1]
-    while runnable:
-        rank = runnable.pop()
-        order, now = plan.instructions[rank], clock[rank]
-        for index in range(position[rank], len(order)):
+    step = _Step(plan, times)
+    step.run()
+    makespan = max(step.clock)
+    bubble = [makespan - busy for busy in step.busy]
+    peaks = [_peak(spans) / plan.chunks for spans in step.spans]
+    return Result(makespan, bubble, peaks, Timeline(plan.name, step.spans, plan.chunks, unit=""))
+
+
+class _Step:
+    """The state of the simulation.
+
+    Attributes:
+        sent, posted: message -> when its sender sent it, when its receiver was ready for it.
+        waiting: message -> the rank that cannot go on without it.
+    """
+
+    def __init__(self, plan: Plan, times: Times):
+        self.plan, self.latency = plan, times.message
+        self.durations = Durations(times, len(plan.placement[0]), plan.chunks)
+        self.neighbours = neighbours(plan.placement)
+        self.sent: dict[tuple, float] = {}
+        self.posted: dict[tuple, float] = {}
+        self.waiting: dict[tuple, int] = {}
+        self.position, self.clock, self.busy = [0] * plan.stages, [0.0] * plan.stages, [0.0] * plan.stages
+        self.spans: list[list[Span]] = [[] for _ in range(plan.stages)]
+        self.runnable = list(range(plan.stages))[::-1]
+
+    def run(self) -> None:
+        while self.runnable:
+            self._advance(self.runnable.pop())
+        for message, rank in self.waiting.items():
+            where = f"rank {rank} waits for ever at instruction {self.position[rank]}"
+            raise ScheduleError(f"{where}: the {Message(*message)} never comes")
+
+    def _advance(self, rank: int) -> None:
+        """Runs a rank until it has to wait for a message that has not been sent."""
+        before, after = self.neighbours
+        order, now, busy, spans = self.plan.instructions[rank], self.clock[rank], self.busy[rank], self.spans[rank]
+        sent, posted, waiting, duration = self.sent, self.posted, self.waiting, self.durations.of
+        for index in range(self.position[rank], len(order)):
             instruction = order[index]
             if isinstance(instruction, Transfer):
-                message = instruction.message
-                (sent if instruction.kind[0] == "S" else posted)[message] = now
+                way, message = instruction
+                (sent if way[0] == "S" else posted)[message] = now
                 if message in waiting:
-                    runnable.append(waiting.pop(message))
+                    self.runnable.append(waiting.pop(message))
                 continue
             start = now
-            missing = None
-            for message in plan.needs(instruction):
-                if message in sent and message in posted:
-                    start = max(start, max(sent[message], posted[message]) + times.message)
+            missing: tuple | None = None
+            for kind, direction, stage, micro_batch in instruction.parts:
+                needed: tuple
+                if kind == "F":
+                    needed = ("F", direction, stage - 1, micro_batch, before[direction][stage], rank)
+                elif kind == "W":
+                    continue
                 else:
-                    missing = message
+                    needed = ("B", direction, stage + 1, micro_batch, after[direction][stage], rank)
+                if needed[4] < 0:
+                    continue
+                if needed in sent and needed in posted:
+                    start = max(start, sent[needed] + self.latency, posted[needed] + self.latency)
+                else:
+                    missing = needed
             if missing is not None:
                 waiting[missing] = rank
-                position[rank] = index
+                self.position[rank] = index
                 break
-            now = start + times.of(instruction) / plan.chunks
-            spans[rank].append(Span(start, now, instruction))
+            length = duration(instruction)
+            now = start + length
+            busy += length
+            spans.append(Span(start, now, instruction))
         else:
-            position[rank] = len(order)
-        clock[rank] = now
-    for message, rank in waiting.items():
-        raise ScheduleError(f"rank {rank} waits for ever at instruction {position[rank]}: the {message} never comes")
-    timeline = Timeline(plan.name, spans, plan.chunks, unit="")
-    makespan = max(clock)
-    bubble = [timeline.idle(rank) for rank in range(plan.stages)]
-    return Result(makespan, bubble, [timeline.peak_activations(rank) for rank in range(plan.stages)], timeline)
+            self.position[rank] = len(order)
+        self.clock[rank], self.busy[rank] = now, busy
+
+
+def _peak(spans: list[Span]) -> int:
+    """The most activations of one stage that a rank holds, from the start of their F to the end of their W or B."""
+    held = most = 0
+    for span in spans:
+        for part in span.instruction.parts:
+            if part.kind == "F":
+                held += 1
+                most = max(most, held)
+            elif part.kind != "I":
+                held -= 1
+    return most

@@ -6,6 +6,7 @@ Both have this one form, so that they can be drawn and compared with each other.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,25 +50,53 @@ class Timeline:
         """Time of the step in which a rank computes nothing."""
         return self.end - self.start - sum(span.end - span.start for span in self.ranks[rank])
 
-    def activations(self, rank: int) -> list[tuple[float, float]]:
-        """(time, activations held from then on); one is held from the start of its F to the end of its W or B."""
-        changes = []
-        for start, end, instruction in self.ranks[rank]:
+    def activations(self, rank: int, sizes: Sequence[float] | None = None) -> list[tuple[float, float]]:
+        """(time, activations held from then on); one is held from the start of its F to the end of its W or B.
+
+        Args:
+            rank: whose.
+            sizes: of one micro-batch's activation in each stage (bytes, say); None counts in a rank's whole share of
+                the model, of which every stage is 1 / chunks.
+        """
+        curve, held = [(self.start, 0.0)], 0.0
+        scale = self.chunks if sizes is None else 1
+        for start, end, instruction in self.ranks[rank]:  # one after the other, so their changes come in order
+            grown = shrunk = 0.0
             for part in instruction.parts:
                 if part.kind == "F":
-                    changes.append((start, 1))
+                    grown += 1 if sizes is None else sizes[part.stage]
                 elif part.kind in "WB":
-                    changes.append((end, -1))
-        curve, held = [(self.start, 0.0)], 0
-        for time, change in sorted(changes):
-            held += change
-            if curve[-1][0] == time:
-                curve.pop()
-            curve.append((time, held / self.chunks))
+                    shrunk += 1 if sizes is None else sizes[part.stage]
+            for time, change in ((start, grown), (end, -shrunk)):
+                if change:
+                    held += change
+                    if curve[-1][0] == time:
+                        curve.pop()
+                    curve.append((time, held / scale))
         return curve
 
-    def peak_activations(self, rank: int) -> float:
-        return max(held for _, held in self.activations(rank))
+    def peak_activations(self, rank: int, sizes: Sequence[float] | None = None) -> float:
+        """The most that a rank holds at once; see `activations`."""
+        held = most = 0.0
+        for _, _, instruction in self.ranks[rank]:  # what one span frees is free before the next begins
+            for part in instruction.parts:
+                if part.kind == "F":
+                    held += 1 if sizes is None else sizes[part.stage]
+                    most = max(most, held)
+            for part in instruction.parts:
+                if part.kind in "WB":
+                    held -= 1 if sizes is None else sizes[part.stage]
+        return most / self.chunks if sizes is None else most
+
+    def chunk_numbers(self) -> dict[tuple[int, int], int]:
+        """(direction, stage) -> which of its rank's stages of that direction it is, counted along the direction."""
+        numbers = {}
+        for spans in self.ranks:
+            seen = sorted({(part.direction, part.stage) for span in spans for part in span.instruction.parts})
+            before: dict[int, int] = {}
+            for direction, stage in seen:
+                numbers[direction, stage] = before[direction] = before.get(direction, -1) + 1
+        return numbers
 
     def grid(self, unit: float | None = None) -> str:
         """The timeline as text: a row per rank, five letters per `unit` of time (default: the shortest span)."""
@@ -85,12 +114,12 @@ class Timeline:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers: a span is [start, end, [kind, direction, stage, micro-batch]]."""
-        ranks = [[[s.start, s.end, _encode(s.instruction)] for s in spans] for spans in self.ranks]
+        ranks = [[[s.start, s.end, encode(s.instruction)] for s in spans] for spans in self.ranks]
         return {"name": self.name, "unit": self.unit, "chunks": self.chunks, "ranks": ranks}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Timeline:
-        ranks = [[Span(start, end, _decode(code)) for start, end, code in spans] for spans in data["ranks"]]
+        ranks = [[Span(start, end, decode(code)) for start, end, code in spans] for spans in data["ranks"]]
         return cls(data["name"], ranks, data["chunks"], data["unit"])
 
     def save(self, path: str | Path) -> None:
@@ -109,13 +138,32 @@ class Timeline:
             raise ScheduleError(f"{path}: not a timeline ({type(error).__name__}: {error})") from error
 
 
-def _encode(instruction: Compute | Pair) -> list[Any]:
+def describe(instruction: Compute | Pair) -> str:
+    """`F0.3@5`: a computation and its stage, which a plan with several stages on a rank needs."""
+    return " & ".join(f"{part}@{part.stage}" for part in instruction.parts)
+
+
+def encode(instruction: Compute | Pair) -> list[Any]:
+    """[kind, direction, stage, micro-batch], or ["FB", forward, backward]: what JSON can hold."""
     if isinstance(instruction, Pair):
-        return ["FB", _encode(instruction.forward), _encode(instruction.backward)]
+        return ["FB", encode(instruction.forward), encode(instruction.backward)]
     return [instruction.kind, instruction.direction, instruction.stage, instruction.micro_batch]
 
 
-def _decode(code: list[Any]) -> Compute | Pair:
+def decode(code: list[Any]) -> Compute | Pair:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: this is no computation.
+    """
     if code[0] == "FB":
-        return Pair(Compute(*code[1]), Compute(*code[2]))
-    return Compute(*code)
+        _, forward, backward = code
+        return Pair(_compute(forward), _compute(backward))
+    return _compute(code)
+
+
+def _compute(code: list[Any]) -> Compute:
+    kind, *numbers = code
+    if kind not in ("F", "I", "W", "B") or len(numbers) != 3 or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{code} is no computation: [F, I, W or B, direction, stage, micro-batch]")
+    return Compute(kind, *numbers)

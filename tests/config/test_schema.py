@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import ConfigError, MegatronExtConfig, parse_section
+from megatron_ext.config.schema import SCHEDULES
+from megatron_ext.pipeline.schedules import NAMES
 
 KEYS = {part: tuple(field.annotation.model_fields) for part, field in MegatronExtConfig.model_fields.items()}
 
@@ -26,7 +28,8 @@ def message(section) -> str:
 
 def test_defaults_without_a_section():
     assert parse_section({"train_batch_size": 8}).resolved() == {
-        "pipeline": {"schedule": "dualpipe", "stages": None},
+        "pipeline": {"schedule": "dualpipe", "stages": None, "chunks": 1, "placement": None, "memory_limit": None,
+                     "trace": None},
         "expert_parallel": {"size": 1, "dispatch_dtype": "model", "combine_dtype": "model"},
         "fp8": {"enabled": False},
         "kernels": {"backend": "auto"},
@@ -37,7 +40,8 @@ def test_defaults_without_a_section():
 
 def test_every_key_can_be_set_and_the_record_reads_back():
     section = {
-        "pipeline": {"schedule": "dualpipe", "stages": 4},
+        "pipeline": {"schedule": "auto", "stages": 4, "chunks": 2, "placement": "wave", "memory_limit": 4.5,
+                     "trace": "runs/trace"},
         "expert_parallel": {"size": 2, "dispatch_dtype": "bf16", "combine_dtype": "bf16"},
         "fp8": {"enabled": True},
         "kernels": {"backend": "reference"},
@@ -68,7 +72,7 @@ def test_a_config_is_frozen():
     ({"pipeline": {"stages": 4.0}}, "megatron_ext.pipeline.stages = 4.0: must be an integer"),
     ({"pipeline": {"stages": 0}}, "megatron_ext.pipeline.stages = 0: must be an integer of at least 1"),
     ({"pipeline": {"schedule": "dualpip"}},
-     'megatron_ext.pipeline.schedule = \'dualpip\': must be "dualpipe"; did you mean "dualpipe"?'),
+     "megatron_ext.pipeline.schedule = 'dualpip': must be one of \"gpipe\", \"1f1b\", "),
     ({"expert_parallel": {"size": None}}, "megatron_ext.expert_parallel.size = None: must be an integer of at least 1"),
     ({"expert_parallel": {"dispatch_dtype": "fp16"}},
      'megatron_ext.expert_parallel.dispatch_dtype = \'fp16\': must be "model", "bf16", "fp8" or null'),
@@ -97,12 +101,7 @@ def test_a_wrong_value_names_its_key_and_what_it_must_be(section, expected):
 
 
 @pytest.mark.parametrize("section, key, value", [
-    ({"pipeline": {"chunks": 1}}, "megatron_ext.pipeline.chunks", 1),
-    ({"pipeline": {"memory_limit": None}}, "megatron_ext.pipeline.memory_limit", None),
     ({"pipeline": {"overlap": True}}, "megatron_ext.pipeline.overlap", True),
-    ({"pipeline": {"trace": "t.json"}}, "megatron_ext.pipeline.trace", "t.json"),
-    ({"pipeline": {"schedule": "1f1b"}}, "megatron_ext.pipeline.schedule", "1f1b"),
-    ({"pipeline": {"schedule": "auto"}}, "megatron_ext.pipeline.schedule", "auto"),
     ({"kernels": {"backend": "triton"}}, "megatron_ext.kernels.backend", "triton"),
     ({"expert_parallel": {"two_hop": "auto"}}, "megatron_ext.expert_parallel.two_hop", "auto"),
     ({"expert_parallel": {"ranks_per_node": 8}}, "megatron_ext.expert_parallel.ranks_per_node", 8),
@@ -121,7 +120,8 @@ def test_what_comes_later_is_refused_as_such(section, key, value):
     ({"stages": 4}, "megatron_ext.pipeline.stages"),
     ({"pipeline": {"size": 4}}, "megatron_ext.expert_parallel.size"),
     ({"fp8": {"Enabled": True}}, "megatron_ext.fp8.enabled"),
-    ({"pipeline": {"chunk": 1}}, "megatron_ext.pipeline.chunks (not available yet)"),
+    ({"pipeline": {"chunk": 1}}, "megatron_ext.pipeline.chunks"),
+    ({"pipeline": {"overlaps": True}}, "megatron_ext.pipeline.overlap (not available yet)"),
     ({"pipeline": {"###": 1}}, "megatron_ext.pipeline.schedule"),
 ])
 def test_an_unknown_key_gets_the_nearest_name(section, nearest):
@@ -140,8 +140,15 @@ def test_one_typo_in_any_key_finds_that_key(names, data):
     assert text.endswith(f"the nearest name is megatron_ext.{part}.{key}")
 
 
+def test_the_schedules_are_those_that_there_are():
+    assert sorted(SCHEDULES) == sorted([*NAMES, "auto"])
+    assert message({"pipeline": {"schedule": "dualpip"}}).endswith('; did you mean "dualpipe"?')
+    for name in SCHEDULES:
+        assert parse({"pipeline": {"schedule": name}}).pipeline.schedule == name
+
+
 def test_the_first_mistake_of_the_file_is_reported():
-    wrong = {"router": {"balancing": 3, "speed": 1}, "fp8": {"enable": True}, "pipeline": {"stages": "x", "chunks": 2}}
+    wrong = {"router": {"balancing": 3, "speed": 1}, "fp8": {"enable": True}, "pipeline": {"stages": "x", "chunks": 0}}
     assert message(wrong).startswith("megatron_ext.router.balancing = 3")
     del wrong["router"]["balancing"]
     assert message(wrong).startswith("megatron_ext.router.speed = 1")
@@ -150,7 +157,7 @@ def test_the_first_mistake_of_the_file_is_reported():
     del wrong["fp8"]
     assert message(wrong).startswith("megatron_ext.pipeline.stages = 'x'")
     wrong["pipeline"] = dict(reversed(wrong["pipeline"].items()))
-    assert message(wrong).startswith("megatron_ext.pipeline.chunks = 2")
+    assert message(wrong).startswith("megatron_ext.pipeline.chunks = 0")
 
 
 @pytest.mark.parametrize("name", ["megatron-ext", "Megatron_ext", "megatron_ext ", "megatronext", "megatron_exts"])

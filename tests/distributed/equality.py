@@ -18,6 +18,7 @@ import megatron_ext
 from megatron_ext.layers.head import tied_logits
 from megatron_ext.models import DeepSeekV3, DeepSeekV3Config, cross_entropy, deepseek_v3
 from megatron_ext.pipeline.random import RandomKey
+from megatron_ext.pipeline.schedules import placement_of
 
 SEED = 77
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
@@ -26,7 +27,7 @@ BIAS_SPEED = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table. `micro_batches` is m, of both directions together."""
+    """One cell of the table. `micro_batches` is m, of all directions of a pipeline together."""
 
     stages: int = 2
     replicas: int = 1
@@ -42,6 +43,12 @@ class Case:
     grad_accum_dtype: str | None = None
     section: dict[str, Any] = field(default_factory=dict, hash=False)
     zero_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    schedule: str = "dualpipe"
+    chunks: int = 1
+
+    @property
+    def per_direction(self) -> int:
+        return self.micro_batches // len(placement_of(self.schedule, self.stages, self.chunks))
 
     @property
     def world_size(self) -> int:
@@ -74,11 +81,11 @@ def micro_batch(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def ds_config(case: Case) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": case.micro_batches // 2,
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": case.per_direction,
         "gradient_clipping": case.clip, "steps_per_print": 10**6,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY}},
         "zero_optimization": {"stage": case.zero, **case.zero_options},
-        "megatron_ext": {"pipeline": {"stages": case.stages, "schedule": "dualpipe"},
+        "megatron_ext": {"pipeline": {"stages": case.stages, "schedule": case.schedule, "chunks": case.chunks},
                          "expert_parallel": {"size": case.expert_parallel},
                          "router": {"bias_update_speed": BIAS_SPEED}, **copy.deepcopy(case.section)}}
     if case.offload:
@@ -92,7 +99,7 @@ def ds_config(case: Case) -> dict[str, Any]:
 
 def batches(engine: Any, case: Case, first_step: int = 0) -> Any:
     """This rank's shard, endless."""
-    step, n = first_step, case.micro_batches // 2
+    step, n = first_step, case.per_direction
     while True:
         for k in range(n):
             yield micro_batch(step, k * engine.data_parallel_world_size + engine.data_parallel_rank)

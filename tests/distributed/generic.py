@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import megatron_ext
 from megatron_ext.pipeline.random import RandomKey
+from megatron_ext.pipeline.schedules import placement_of
 from tests.distributed.equality import gather
 
 SEED = 4321
@@ -93,6 +94,26 @@ class Both(nn.Module):
         return self.linear(value[0]).tanh(), value[1]
 
 
+class Widen(nn.Linear):
+    """One tensor becomes two."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x.mean(1)
+
+
+class Narrow(nn.Linear):
+    """And one again."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+    def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
+        return super().forward(value[0]) + value[1][:, None]
+
+
 def transpose(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
@@ -149,6 +170,16 @@ def own_loss() -> list[Any]:
     return [LayerSpec(Both, 5, H), LayerSpec(Both, H, H), LayerSpec(Both, H, 3), Loss()]
 
 
+def deep() -> list[Any]:
+    """16 layers, for many chunks: tuples, dropout, a matrix of no use, and one at both ends."""
+    table = (nn.Embedding, V, H)
+    return [TiedLayerSpec("table", *table), LayerSpec(nn.Dropout, 0.2), LayerSpec(Widen, H), LayerSpec(Both, H, H),
+            LayerSpec(Both, H, H), LayerSpec(Narrow, H), LayerSpec(nn.LayerNorm, H), LayerSpec(nn.Linear, H, H),
+            LayerSpec(nn.Dropout, 0.2), LayerSpec(nn.Linear, H, 16), nn.Tanh(), LayerSpec(nn.Linear, 16, H),
+            LayerSpec(HalfUsed, H, H), LayerSpec(nn.LayerNorm, H), LayerSpec(nn.Linear, H, H),
+            TiedLayerSpec("table", *table, forward_fn=_logits)]
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -175,7 +206,7 @@ def vectors(step: int, number: int) -> tuple[Any, Tensor]:
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, how. `micro_batches` is m, of both directions together."""
+    """What to train, how. `micro_batches` is m, of all directions of a pipeline together."""
 
     model: Callable[[], list[Any]] = zoo
     stages: int = 2
@@ -187,6 +218,13 @@ class Job:
     interval: int = 0
     checkpoint: Callable[..., Any] | None = None
     clip: float = 0.1
+    schedule: str = "dualpipe"
+    chunks: int = 1
+    replicas: int = 1
+
+    @property
+    def directions(self) -> int:
+        return len(placement_of(self.schedule, self.stages, self.chunks))
 
 
 OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
@@ -194,19 +232,20 @@ OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
 
 def build(job: Job) -> Any:
     config = {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": job.micro_batches // 2,
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": job.micro_batches // job.directions,
         "gradient_clipping": job.clip, "steps_per_print": 10**6, "zero_optimization": {"stage": job.zero},
         "optimizer": {"type": "AdamW", "params": copy.deepcopy(OPTIMIZER)}}
     model = megatron_ext.PipelineModule(
         job.model(), num_stages=job.stages, loss_fn=job.loss_fn, base_seed=SEED, partition_method="uniform",
-        activation_checkpoint_interval=job.interval, activation_checkpoint_func=job.checkpoint)
+        activation_checkpoint_interval=job.interval, activation_checkpoint_func=job.checkpoint,
+        schedule=job.schedule, chunks=job.chunks)
     return megatron_ext.initialize(model=model, config=config)[0]
 
 
 def batches(engine: Any, job: Job, step: int = 0) -> Iterator[Any]:
     """This rank's shard, endless."""
     while True:
-        for k in range(job.micro_batches // 2):
+        for k in range(job.micro_batches // job.directions):
             yield job.data(step, k * engine.data_parallel_world_size + engine.data_parallel_rank)
         step += 1
 
@@ -270,10 +309,11 @@ def reference(job: Job) -> dict[str, Any]:
     for step in range(job.steps):
         optimizer.zero_grad()
         mean = 0.0
-        for number in range(job.micro_batches):
+        total = job.micro_batches * job.replicas
+        for number in range(total):
             loss = plain.loss(step, number)
-            (loss / job.micro_batches).backward()
-            mean += loss.item() / job.micro_batches
+            (loss / total).backward()
+            mean += loss.item() / total
         for p in parameters:  # without use: a gradient of zero, as ZeRO has it, and not a parameter that is passed over
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norms.append(float(nn.utils.clip_grad_norm_(parameters, job.clip or math.inf)))

@@ -124,7 +124,7 @@ def test_the_constructor_is_deepspeeds(pool2: WorkerPool) -> None:
 def refusals() -> list[str]:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 
-    config = {"train_batch_size": 4, "megatron_ext": {"pipeline": {"stages": 2}}}
+    config = {"train_batch_size": 4, "megatron_ext": {"pipeline": {"stages": 2, "schedule": "dualpipe"}}}
     messages = []
     for options in ({"topology": PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1)},
                     {"topology": PipeDataParallelTopology(num_pp=2, num_dp=2)},

@@ -123,12 +123,12 @@ def test_a_group_for_each_channel_alone_would() -> None:
     assert stuck(schedule("dualpipe", stages=4, micro_batches=8), lambda channel, peer: channel, False) > 0
 
 
-def train_by_peer(case: Case) -> dict[str, Any]:
-    with patch.object(ProcessGroups, "create", staticmethod(partial(ProcessGroups.create, by_peer=True))):
+def train_by_edge(case: Case) -> dict[str, Any]:
+    with patch.object(ProcessGroups, "create", staticmethod(partial(ProcessGroups.create, by_edge=True))):
         return equality.train(case)
 
 
 def test_training_with_a_group_for_each_channel_and_peer(pool4: WorkerPool) -> None:
     """The groups that NCCL needs, over gloo: same numbers."""
     case = Case(stages=4, micro_batches=8, steps=2)
-    equality.compare(pool4.run(train_by_peer, case)[0], equality.reference(case))
+    equality.compare(pool4.run(train_by_edge, case)[0], equality.reference(case))

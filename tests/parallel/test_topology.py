@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import ConfigError
-from megatron_ext.parallel import ExpertParallel, MirroredPipelineUnit, ProcessGroups, Topology
+from megatron_ext.parallel import ExpertParallel, PipelineUnit, ProcessGroups, Topology
 from megatron_ext.pipeline import Transfer, schedule
 from tests.distributed.pool import WorkerPool
 
@@ -65,7 +65,7 @@ def test_every_list_of_groups_has_each_rank_once_in_order(grid: Topology) -> Non
 def test_a_rank_is_its_place_and_its_replica(grid: Topology) -> None:
     for rank in range(grid.world_size):
         assert grid.rank_of(grid.stage_rank(rank), grid.replica(rank)) == rank
-        assert grid.pair(rank) == grid.pair_of_stage(grid.stages - 1 - grid.stage_rank(rank)) < grid.pairs
+        assert grid.holder(rank) == grid.holder_of_stage(grid.stages - 1 - grid.stage_rank(rank)) < grid.holders
 
 
 @given(topologies())
@@ -80,7 +80,7 @@ def test_expert_blocks_are_contiguous_and_on_one_stage(grid: Topology) -> None:
 def test_data_parallel_ranks_hold_the_same_parameters(grid: Topology) -> None:
     """A mirrored pair with all its replicas: 2D ranks, one pair's parameters; shards in rank order."""
     groups = grid.data_parallel_groups()
-    assert [{grid.pair(rank) for rank in group} for group in groups] == [{p} for p in range(grid.pairs)]
+    assert [{grid.holder(rank) for rank in group} for group in groups] == [{p} for p in range(grid.holders)]
     assert {len(group) for group in groups} == {grid.data_parallel_size}
     # Who reads data is in the group of pair 0, and its number there is its shard.
     readers = {(0, d): grid.rank_of(0, d) for d in range(grid.replicas)}
@@ -92,7 +92,7 @@ def test_data_parallel_ranks_hold_the_same_parameters(grid: Topology) -> None:
 @given(topologies())
 def test_model_parallel_ranks_hold_every_parameter_once(grid: Topology) -> None:
     for group in grid.model_parallel_groups():
-        assert sorted(grid.pair(rank) for rank in group) == list(range(grid.pairs))
+        assert sorted(grid.holder(rank) for rank in group) == list(range(grid.holders))
         assert len({grid.replica(rank) for rank in group}) == 1
 
 
@@ -100,7 +100,7 @@ def test_model_parallel_ranks_hold_every_parameter_once(grid: Topology) -> None:
 def test_expert_data_parallel_ranks_hold_the_same_experts(grid: Topology) -> None:
     place = {rank: k for group in grid.expert_parallel_groups() for k, rank in enumerate(group)}
     for group in grid.expert_data_parallel_groups():
-        assert len({(grid.pair(rank), place[rank]) for rank in group}) == 1
+        assert len({(grid.holder(rank), place[rank]) for rank in group}) == 1
         assert len(group) * grid.expert_parallel == grid.data_parallel_size
 
 
@@ -122,7 +122,7 @@ def test_tied_gradients_count_every_use_once(grid: Topology, data: st.DataObject
     """By brute force: a one for every (direction, replica, use) where its gradient arises, summed as the ranks do."""
     stages = data.draw(st.lists(st.integers(0, grid.stages - 1), min_size=1, max_size=4))
     groups = grid.tied_groups(stages)
-    holders = {grid.pair_of_stage(stage) for stage in stages}
+    holders = {grid.holder_of_stage(stage) for stage in stages}
     assert bool(groups) == (len(holders) > 1)
 
     grads = torch.zeros(grid.world_size, 2, grid.replicas, len(stages), dtype=torch.int64)
@@ -134,11 +134,11 @@ def test_tied_gradients_count_every_use_once(grid: Topology, data: st.DataObject
         for group in sums:
             grads[group] = grads[group].sum(0, keepdim=True)
     for rank in range(grid.world_size):
-        if grid.pair(rank) in holders:
+        if grid.holder(rank) in holders:
             assert (grads[rank] == 1).all()
     for group in groups:
-        assert grid.pair(group[0]) == grid.pair_of_stage(stages[0]), "the owner comes first"
-        assert {grid.pair(rank) for rank in group} == holders
+        assert grid.holder(group[0]) == grid.holder_of_stage(stages[0]), "the owner comes first"
+        assert {grid.holder(rank) for rank in group} == holders
 
 
 @pytest.mark.parametrize("num_experts, size, rank, expected", [(8, 1, 0, (0, 8)), (8, 4, 1, (2, 4)), (6, 2, 1, (3, 6))])
@@ -154,7 +154,7 @@ def test_experts_that_do_not_divide() -> None:
 def describe(stages: int, experts: int, timeout: timedelta | None) -> dict[str, Any]:
     grid = Topology.of_world(dist.get_world_size(), stages, experts)
     groups = ProcessGroups.create(grid, timeout)
-    mpu = MirroredPipelineUnit(groups)
+    mpu = PipelineUnit(groups)
     ranks = dist.get_process_group_ranks
     made = [groups.data_parallel, groups.model_parallel, groups.pipeline, groups.expert_parallel,
             groups.expert_data_parallel, groups.control, *groups.messages.values()]

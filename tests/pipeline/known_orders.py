@@ -1,39 +1,32 @@
-"""Two published schedules for comparison: 1F1B and ZB-H1 (arXiv 2401.10241), on one direction of P ranks."""
+"""The orders of torch.distributed.pipelining's schedules, as plans of ours."""
 
 from __future__ import annotations
+
+import logging
+
+from torch.distributed.pipelining import _schedule_visualizer as visualizer
 
 from megatron_ext.pipeline import Compute, Pair, Plan
 
 
-def _plan(name: str, micro_batches: int, orders: list[list[Compute | Pair]]) -> Plan:
-    return Plan.from_compute(name, [list(range(len(orders)))], micro_batches, orders)
-
-
-def one_f_one_b(stages: int, micro_batches: int) -> Plan:
+def torch_order(name: str, ranks: int, micro_batches: int, stages_per_rank: int) -> Plan:
+    """What torch's schedule of this name runs (its class without "Schedule"); it has one direction."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it logs every order as a warning
+    try:
+        rows = visualizer.get_schedule_ops(name, ranks, micro_batches, num_stages_per_rank=stages_per_rank)
+    finally:
+        logging.disable(before)
+    place = [-1] * (ranks * stages_per_rank)
     orders: list[list[Compute | Pair]] = []
-    for rank in range(stages):
-        warm_up = min(stages - rank - 1, micro_batches)
-        order: list[Compute | Pair] = [Compute("F", 0, rank, k) for k in range(warm_up)]
-        for k in range(micro_batches):
-            if warm_up + k < micro_batches:
-                order.append(Compute("F", 0, rank, warm_up + k))
-            order.append(Compute("B", 0, rank, k))
-        orders.append(order)
-    return _plan("1f1b", micro_batches, orders)
-
-
-def zb_h1(stages: int, micro_batches: int) -> Plan:
-    orders: list[list[Compute | Pair]] = []
-    for rank in range(stages):
-        warm_up, done = min(stages - rank, micro_batches), 0
-        order: list[Compute | Pair] = [Compute("F", 0, rank, k) for k in range(warm_up)]
-        for k in range(micro_batches):
-            order.append(Compute("I", 0, rank, k))
-            if k >= rank:  # later ranks bank more W's, to fill their longer drain
-                order.append(Compute("W", 0, rank, done))
-                done += 1
-            if warm_up + k < micro_batches:
-                order.append(Compute("F", 0, rank, warm_up + k))
-        order += [Compute("W", 0, rank, k) for k in range(done, micro_batches)]
-        orders.append(order)
-    return _plan("zb_h1", micro_batches, orders)
+    for rank, row in enumerate(rows):
+        orders.append([])
+        for action in row:
+            if action is None:
+                continue
+            parts = [Compute(a.computation_type.value, 0, a.stage_index, a.microbatch_index)
+                     for a in action.sub_actions or (action,)]
+            for part in parts:
+                place[part.stage] = rank
+            orders[-1].append(Pair(*parts) if len(parts) == 2 else parts[0])
+    return Plan.from_compute(f"torch's {name}", [place], micro_batches, orders)

@@ -10,7 +10,7 @@ from matplotlib import colors, image
 
 from megatron_ext.config.errors import UserError
 from megatron_ext.pipeline import ScheduleError, Span, Timeline, Times, draw, schedule, simulate
-from megatron_ext.pipeline.drawing import _COLOURS, _IDLE
+from megatron_ext.pipeline.drawing import _COLOURS, _IDLE, _palette
 
 
 def timeline(stages=4, micro_batches=4, times=None):
@@ -57,10 +57,32 @@ def test_sixteen_ranks_still_show_their_numbers(tmp_path):
     assert len(svg) < 3_000_000
 
 
+def test_a_narrow_box_has_its_number_lying_down(tmp_path):
+    narrow = timeline(4, 8, Times(1, 1, 0.3))
+    svg = draw(narrow, tmp_path / "narrow.svg").read_text()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    weights = [span for spans in narrow.ranks for span in spans if span.instruction.kind == "W"]
+    assert svg.count("rotate(-90") >= len(weights) > 4
+    assert sum(map(str.isdigit, texts)) >= sum(len(s.instruction.parts) for spans in narrow.ranks for s in spans)
+
+
+@pytest.mark.parametrize(("name", "shades"), [("dualpipe", 2), ("zbv", 2), ("dualpipe_interleaved", 4), ("1f1b", 1)])
+def test_direction_and_stage_of_a_rank_have_their_own_shade(name, shades):
+    shown = simulate(schedule(name, 4, 8, chunks=2 if shades == 4 else 1)).timeline
+    palette = _palette(shown)
+    for kind in _COLOURS:
+        assert len({colour for (of, _, _), colour in palette.items() if of == kind}) == shades
+    light = {key: sum(colors.to_rgb(colour)) for key, colour in palette.items()}
+    if shades > 1:
+        first = [light[key] for key in light if key[1:] == (0, 0)]
+        others = [light[key] for key in light if key[1] == len({d for _, d, _ in light}) - 1 and key[2] == 7]
+        assert all(a < b for a, b in zip(first, others, strict=False))
+
+
 def test_executed_steps_are_in_milliseconds_from_zero(tmp_path):
     svg = draw(executed(), tmp_path / "run.svg").read_text()
     assert "time [ms]" in svg and "as it ran" in svg
-    assert re.search(r"4 ranks, step \d+\.?\d* ms, idle \d+\.\d%", svg)
+    assert re.search(r"4 ranks, 8 micro-batches, step \d+\.?\d* ms, idle \d+\.\d%", svg)
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

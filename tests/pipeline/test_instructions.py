@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_instructions_read_tersely():
 
 
 def test_instructions_cannot_be_changed():
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Compute("F", 0, 0, 0).stage = 1  # type: ignore[misc]
 
 

@@ -6,20 +6,8 @@ import pytest
 
 from megatron_ext.config.errors import UserError
 from megatron_ext.pipeline import Compute, Pair, Plan, ScheduleError, Times, schedule, simulate, verify
-from tests.pipeline.known_orders import one_f_one_b, zb_h1
 
 EP_BOUND = Times(2, 2, 1, pair=3.2)
-
-
-@pytest.mark.parametrize("P", [2, 3, 4, 7, 8, 16])
-def test_1f1b_and_zb_h1_have_their_published_bubbles(P):
-    for m in (2 * P, 2 * P + 1, 5 * P):
-        for times in (Times(), Times(1.0, 1.0, 0.6)):
-            F, W = times.forward, times.weight_grad
-            B = times.input_grad + W
-            for plan, bubble in ((one_f_one_b(P, m), (P - 1) * (F + B)), (zb_h1(P, m), (P - 1) * (F + B - 2 * W))):
-                assert max(verify(plan).activations) == P
-                assert simulate(plan, times).bubble == pytest.approx([bubble] * P, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +25,7 @@ def test_dualpipe_makespans(P, m, times, makespan):
 
 
 def test_two_ranks_by_hand():
-    result = simulate(one_f_one_b(2, 2), Times(1, 2, 3, message=0.5))
+    result = simulate(schedule("1f1b", 2, 2), Times(1, 2, 3, message=0.5))
     assert [[(s.start, s.end, str(s.instruction)) for s in spans] for spans in result.timeline.ranks] == [
         [(0, 1, "F0.0"), (1, 2, "F0.1"), (8, 13, "B0.0"), (14, 19, "B0.1")],
         [(1.5, 2.5, "F0.0"), (2.5, 7.5, "B0.0"), (7.5, 8.5, "F0.1"), (8.5, 13.5, "B0.1")],
@@ -86,7 +74,37 @@ def test_a_deadlock_is_named():
         simulate(Plan.from_compute("crossed", plan.placement, 8, orders))
 
 
-@pytest.mark.parametrize("bad", [dict(forward=-1), dict(pair=0.5), dict(message=-0.1), dict(forward=float("nan"))])
+def test_stages_of_different_lengths():
+    times = Times(1, 2, 3, stages=(1, 3))
+    result = simulate(schedule("1f1b", 2, 1), times)
+    assert [(s.start, s.end) for spans in result.timeline.ranks for s in spans] == [(0, 1), (19, 24), (1, 4), (4, 19)]
+    assert result.bubble == [18, 6]
+
+
+def test_lengths_describe_the_model_not_the_plan():
+    times = Times(stages=(1, 2, 3, 6))
+    assert times.lengths(4) == [1, 2, 3, 6] and times.lengths(2) == [1.5, 4.5] and times.lengths(1) == [3]
+    assert times.lengths(8) == [1, 1, 2, 2, 3, 3, 6, 6]
+    assert times.lengths(3) == pytest.approx([1.25, 2.5, 5.25])
+    assert Times().lengths(3) == [1, 1, 1]
+
+
+def test_a_pair_of_two_stages_gains_the_mean():
+    order: list[list[Compute | Pair]] = [
+        [Compute("F", 0, 0, 0), Compute("F", 0, 1, 0), Pair(Compute("F", 0, 0, 1), Compute("I", 0, 1, 0))]]
+    order[0] += [Compute("F", 0, 1, 1), *(Compute(kind, 0, stage, k) for kind, stage, k in (
+        ("W", 1, 0), ("B", 0, 0), ("B", 1, 1), ("B", 0, 1)))]
+    plan = Plan.from_compute("pair", [[0, 0]], 2, order)
+    verify(plan)
+    pair = simulate(plan, Times(2, 4, 6, pair=10, stages=(1, 3))).timeline.ranks[0][2]
+    assert pair.end - pair.start == pytest.approx((2 * 1 + 4 * 3 - (2 * 1 + 2 * 3) / 2) / 1 / 2)  # two chunks
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [dict(forward=-1), dict(pair=0.5), dict(message=-0.1), dict(forward=float("nan")), dict(stages=(1, 0)),
+     dict(stages=())],
+)
 def test_impossible_times_are_refused(bad):
-    with pytest.raises(UserError, match="durations"):
+    with pytest.raises(UserError, match=r"durations|positive lengths"):
         Times(**bad)

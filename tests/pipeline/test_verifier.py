@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.pipeline import Compute, Pair, Plan, ScheduleError, Transfer, schedule, verify
+from megatron_ext.pipeline import Compute, Pair, Plan, ScheduleError, Times, Transfer, schedule, verify
+from megatron_ext.pipeline.instructions import Instruction
 
+EQUAL = Times()
 PLAN = schedule("dualpipe", stages=4, micro_batches=8)
 
 
@@ -45,9 +47,9 @@ def change(text: str, rank: int = 0, **fields: object) -> Callable[[Plan], None]
         index = find(plan, rank, text)
         instruction = plan.instructions[rank][index]
         if isinstance(instruction, Transfer) and "kind" not in fields:
-            instruction = replace(instruction, message=instruction.message._replace(**fields))
+            instruction = instruction._replace(message=instruction.message._replace(**fields))
         else:
-            instruction = replace(instruction, **fields)
+            instruction = instruction._replace(**fields)
         plan.instructions[rank][index] = instruction
 
     return damage
@@ -79,7 +81,7 @@ DAMAGE = {
     "missing last weight gradient": (remove("W0.3"), "rank 0 never runs the weight gradient of 0.3 of stage 0"),
     "missing last backward": (remove("B1.3"), "rank 0 never runs the input gradient of 1.3 of stage 3"),
     "double backward": (duplicate("B1.2"), r"\(B1.2 of stage 3\): the backward .* after its backward"),
-    "double weight gradient": (duplicate("W0.2"), "the weight gradient .* after its weight gradient"),
+    "double weight gradient": (duplicate("W0.2"), "the weight gradient .* after its backward or weight gradient"),
     "double forward": (duplicate("F0.1"), "the forward .* after its forward"),
     "weight gradient before input gradient": (swap("I1.0", "W1.0"), "weight gradient .* after its forward"),
     "backward before forward": (swap("F1.0", "I1.0"), "input gradient .* before its forward"),
@@ -119,9 +121,183 @@ def test_damage_is_found_and_named(name):
         verify(plan)
 
 
+SOUND = {
+    "plain": schedule("1f1b", 3, 5),
+    "weight gradients apart": schedule("zb_h1", 3, 5),
+    "ring of chunks": schedule("interleaved", 2, 4, chunks=3),
+    "ring of chunks, pairs": schedule("interleaved_paired", 4, 8, chunks=2),
+    "V": schedule("zbv", 3, 7),
+    "V, pairs": schedule("dualpipev", 2, 5),
+    "wave": schedule("wave", 2, 4, EQUAL, chunks=3),
+    "both ways": PLAN,
+    "both ways, few micro-batches": schedule("dualpipe", 4, 4, EQUAL),
+    "both ways, W's banked": schedule("dualpipe_zb", 4, 9, EQUAL),
+    "both ways, chunks": schedule("dualpipe_interleaved", 4, 6, EQUAL, chunks=2),
+}
+
+
+def copied(plan: Plan) -> Plan:
+    """A plan with lists of its own; instructions cannot change."""
+    return replace(plan, placement=[list(p) for p in plan.placement], instructions=[list(i) for i in plan.instructions])
+
+
+def places(plan: Plan, wanted: Callable[[Instruction], bool]) -> list[tuple[int, int]]:
+    """(rank, index) of the instructions that are wanted."""
+    return [(rank, index) for rank, order in enumerate(plan.instructions) for index, i in enumerate(order) if wanted(i)]
+
+
+def some(plan: Plan, wanted: Callable[[Instruction], bool]) -> tuple[list[Instruction], int]:
+    """One of them from the middle of the plan: its rank's instructions, and where it is."""
+    found = places(plan, wanted)
+    rank, index = found[len(found) // 2]
+    return plan.instructions[rank], index
+
+
+def is_part(kinds: str) -> Callable[[Instruction], bool]:
+    return lambda i: isinstance(i, Compute) and i.kind in kinds
+
+
+def is_transfer(way: str) -> Callable[[Instruction], bool]:
+    return lambda i: isinstance(i, Transfer) and i.kind[0] == way
+
+
+def lose(wanted: Callable[[Instruction], bool]) -> Callable[[Plan], None]:
+    def damage(plan: Plan) -> None:
+        order, index = some(plan, wanted)
+        del order[index]
+
+    return damage
+
+
+def double(wanted: Callable[[Instruction], bool]) -> Callable[[Plan], None]:
+    def damage(plan: Plan) -> None:
+        order, index = some(plan, wanted)
+        order.insert(index, order[index])
+
+    return damage
+
+
+def swap_neighbours(way: str) -> Callable[[Plan], None]:
+    """Two messages between the same ranks change places."""
+
+    def damage(plan: Plan) -> None:
+        order, first = some(plan, is_transfer(way))
+        peer = order[first].peer
+        others = [i for i, t in enumerate(order) if is_transfer(way)(t) and t.peer == peer and i != first]
+        order[first], order[others[0]] = order[others[0]], order[first]
+
+    return damage
+
+
+def other_rank(plan: Plan) -> None:
+    order, index = some(plan, is_part("F"))
+    next(o for o in plan.instructions if o is not order).append(order.pop(index))
+
+
+def gradient_first(plan: Plan) -> None:
+    """A backward runs before everything else on its rank."""
+    order, index = some(plan, is_part("BI"))
+    order.insert(0, order.pop(index))
+
+
+def forward_last(plan: Plan) -> None:
+    order, index = some(plan, is_part("F"))
+    order.append(order.pop(index))
+
+
+def change_micro_batch(plan: Plan) -> None:
+    order, index = some(plan, is_part("F"))
+    order[index] = order[index]._replace(micro_batch=order[index].micro_batch + 1)
+
+
+def change_stage(plan: Plan) -> None:
+    order, index = some(plan, is_part("F"))
+    order[index] = order[index]._replace(stage=(order[index].stage + 1) % len(plan.placement[0]))
+
+
+def wrong_peer(plan: Plan) -> None:
+    order, index = some(plan, is_transfer("S"))
+    message = order[index].message
+    order[index] = order[index]._replace(message=message._replace(destination=message.source))
+
+
+def break_promise(plan: Plan) -> None:
+    object.__setattr__(plan, "activation_limit", max(verify(plan).activations) - 0.25)
+
+
+def one_more_micro_batch(plan: Plan) -> None:
+    object.__setattr__(plan, "micro_batches", plan.micro_batches + 1)
+
+
+def uneven_placement(plan: Plan) -> None:
+    plan.placement[0][0] = plan.placement[0][1]
+
+
+ANYWHERE: dict[str, Callable[[Plan], None]] = {
+    "lost forward": lose(is_part("F")),
+    "lost backward": lose(is_part("BI")),
+    "lost W": lose(lambda i: i.kind == "W"),
+    "lost pair": lose(lambda i: i.kind == "FB"),
+    "lost send": lose(is_transfer("S")),
+    "lost receive": lose(is_transfer("R")),
+    "double forward": double(is_part("F")),
+    "double backward": double(is_part("BI")),
+    "double W": double(lambda i: i.kind == "W"),
+    "double send": double(is_transfer("S")),
+    "swapped sends": swap_neighbours("S"),
+    "swapped receives": swap_neighbours("R"),
+    "on another rank": other_rank,
+    "backward first": gradient_first,
+    "forward last": forward_last,
+    "other micro-batch": change_micro_batch,
+    "other stage": change_stage,
+    "sent elsewhere": wrong_peer,
+    "too many activations": break_promise,
+    "a micro-batch that never comes": one_more_micro_batch,
+    "uneven placement": uneven_placement,
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_every_damage_is_found_in_every_kind_of_plan(name):
+    verify(SOUND[name])
+    kinds = {i.kind for order in SOUND[name].instructions for i in order}
+    for damage, apply in ANYWHERE.items():
+        if (damage in ("lost W", "double W") and "W" not in kinds) or (damage == "lost pair" and "FB" not in kinds):
+            continue
+        plan = copied(SOUND[name])
+        apply(plan)
+        try:
+            verify(plan)
+        except ScheduleError:
+            continue
+        pytest.fail(f"{damage} was not found")
+
+
+def test_what_one_rank_hands_to_itself_must_be_there():
+    orders: list[list[Compute | Pair]] = [
+        [Compute(kind, 0, stage, 0) for kind, stage in (("F", 0), ("F", 3), ("B", 3), ("B", 0))],
+        [Compute(kind, 0, stage, 0) for kind, stage in (("F", 1), ("F", 2), ("B", 2), ("B", 1))],
+    ]
+    place = [[0, 1, 1, 0]]
+    verify(Plan.from_compute("V", place, 1, orders))
+    turned = [orders[0], [orders[1][1], orders[1][0], *orders[1][2:]]]
+    with pytest.raises(ScheduleError, match=r"rank 1, .*\(F0.0 of stage 2\): stage 1, on the same rank, has not made"):
+        verify(Plan.from_compute("forward too early", place, 1, turned))
+    turned = [orders[0], [*orders[1][:2], orders[1][3], orders[1][2]]]
+    with pytest.raises(ScheduleError, match=r"rank 1, .*\(B0.0 of stage 1\): stage 2, on the same rank, has not made"):
+        verify(Plan.from_compute("backward too early", place, 1, turned))
+
+
+def test_a_pair_of_one_micro_batch_on_one_stage_cannot_be():
+    pair: list[list[Compute | Pair]] = [[Pair(Compute("F", 0, 0, 0), Compute("B", 0, 0, 0))]]
+    with pytest.raises(ScheduleError, match="a backward cannot run beside its own forward"):
+        verify(Plan.from_compute("impossible", [[0]], 1, pair))
+
+
 @given(st.data())
 def test_no_instruction_can_be_lost_doubled_or_renumbered(data):
-    plan = copy.deepcopy(schedule("dualpipe", *data.draw(st.sampled_from([(2, 4), (4, 2), (4, 4), (4, 10), (6, 8)]))))
+    plan = copied(SOUND[data.draw(st.sampled_from(sorted(SOUND)))])
     order = plan.instructions[data.draw(st.integers(0, plan.stages - 1))]
     index = data.draw(st.integers(0, len(order) - 1))
     match data.draw(st.sampled_from(["lose", "double", "renumber"])):
@@ -133,12 +309,12 @@ def test_no_instruction_can_be_lost_doubled_or_renumbered(data):
             old = order[index]
             shift = data.draw(st.integers(1, 3))
             if isinstance(old, Transfer):
-                order[index] = replace(old, message=old.message._replace(micro_batch=old.micro_batch + shift))
+                order[index] = old._replace(message=old.message._replace(micro_batch=old.micro_batch + shift))
             elif isinstance(old, Pair):
-                backward = replace(old.backward, micro_batch=old.backward.micro_batch + shift)
-                order[index] = replace(old, backward=backward)
+                backward = old.backward._replace(micro_batch=old.backward.micro_batch + shift)
+                order[index] = old._replace(backward=backward)
             else:
-                order[index] = replace(old, micro_batch=old.micro_batch + shift)
+                order[index] = old._replace(micro_batch=old.micro_batch + shift)
     with pytest.raises(ScheduleError):
         verify(plan)
 

@@ -1,5 +1,7 @@
 """DualPipe (DeepSeek-V3 report, section 3.2.1): micro-batches enter from both ends, and pairs hide the communication.
 
+DualPipeV cuts it in the middle: the ranks of one half run both, as two halves of the model on the way there and back.
+
 Rank r holds stage r of direction 0 and stage P-1-r of direction 1, so ranks r and P-1-r hold the same two stages. With
 F = I the middle ranks idle (P/2-1)(FB+B-3W), the outer ones less if pairs gain something, and every rank holds P+1
 activations at its peak, whatever m. The order is valid for even m >= 2P-2; `bidirectional` serves the smaller ones.
@@ -9,70 +11,81 @@ from __future__ import annotations
 
 from collections import deque
 
+from megatron_ext.parallel.placement import bidirectional, wave
 from megatron_ext.pipeline.instructions import Compute, ComputeKind, Pair, Plan
-
-
-def placement(stages: int) -> list[list[int]]:
-    """For each direction the list stage -> rank."""
-    return [list(range(stages)), list(range(stages))[::-1]]
 
 
 def dualpipe(stages: int, micro_batches: int) -> Plan:
     """The plan for P = `stages` (even) and m = `micro_batches` (even, >= 2P-2) of both directions together."""
     assert stages % 2 == 0 and micro_batches % 2 == 0 and micro_batches >= 2 * stages - 2
-    ranks = [_eight_steps(rank, stages, micro_batches // 2) for rank in range(stages)]
-    return Plan.from_compute(
-        "dualpipe",
-        placement(stages),
-        micro_batches,
-        ranks,
-        activation_limit=stages + 1,
-        weight_grad_limit=stages // 2,
-    )
+    orders = []
+    for rank in range(stages):
+        # Phase 0 is the direction whose data enters on the rank's own side.
+        places = [(0, rank), (1, stages - 1 - rank)]
+        depth = min(rank, stages - 1 - rank)
+        orders.append(_eight_steps(_Recorder(places[:: 1 if rank == depth else -1]), depth, stages, micro_batches // 2))
+    limit = min(stages + 1, micro_batches)
+    return Plan.from_compute("dualpipe", bidirectional(stages), micro_batches, orders, limit, stages // 2)
+
+
+def dualpipev(stages: int, micro_batches: int) -> Plan:
+    """The plan for P = `stages` and any m = `micro_batches`: half of DualPipe on 2P ranks, bent into a V."""
+    orders = []
+    for rank in range(stages):
+        record = _Recorder([(0, rank), (0, 2 * stages - 1 - rank)], micro_batches)
+        # Below 2P-1 micro-batches: the order for 2P-1, without the surplus.
+        orders.append(_eight_steps(record, rank, 2 * stages, max(micro_batches, 2 * stages - 1)))
+    limit = min(stages + 0.5, micro_batches)
+    return Plan.from_compute("dualpipev", wave(stages), micro_batches, orders, limit, stages)
 
 
 class _Recorder:
-    """Writes down one rank's order; its phase 0 is the direction whose data enters on the rank's own side."""
+    """Writes down one rank's order.
 
-    def __init__(self, rank: int, stages: int):
-        own = 0 if rank < stages // 2 else 1
-        self.directions = (own, 1 - own)
-        self.stage = (rank, stages - 1 - rank)  # by direction
-        self.forwards = [0, 0]  # micro-batches done, by direction
+    Args:
+        places: (direction, stage) of the rank's phases 0 and 1.
+        micro_batches: of a direction, if the order is made for more.
+    """
+
+    def __init__(self, places: list[tuple[int, int]], micro_batches: int | None = None):
+        self.places = places
+        self.micro_batches = micro_batches
+        self.forwards = [0, 0]  # done, by phase
         self.backwards = [0, 0]
         self.waiting: deque[Compute] = deque()
         self.order: list[Compute | Pair] = []
 
     def _next(self, kind: ComputeKind, phase: int) -> Compute:
-        direction = self.directions[phase]
         done = self.forwards if kind == "F" else self.backwards
-        compute = Compute(kind, direction, self.stage[direction], done[direction])
-        done[direction] += 1
+        compute = Compute(kind, *self.places[phase], done[phase])
+        done[phase] += 1
         return compute
 
+    def _add(self, *parts: Compute) -> None:
+        real = [part for part in parts if self.micro_batches is None or part.micro_batch < self.micro_batches]
+        self.order += [Pair(*real)] if len(real) == 2 else real
+
     def forward(self, phase: int) -> None:
-        self.order.append(self._next("F", phase))
+        self._add(self._next("F", phase))
 
     def backward(self, phase: int) -> None:
-        self.order.append(self._next("B", phase))
+        self._add(self._next("B", phase))
 
     def input_grad(self, phase: int) -> None:
-        self.order.append(self._next("I", phase))
-        self.waiting.append(self.order[-1].parts[0])
+        done = self._next("I", phase)
+        self._add(done)
+        self.waiting.append(done)
 
     def weight_grad(self) -> None:
-        done = self.waiting.popleft()
-        self.order.append(Compute("W", done.direction, done.stage, done.micro_batch))
+        self._add(self.waiting.popleft()._replace(kind="W"))
 
     def pair(self, forward: int, backward: int) -> None:
-        self.order.append(Pair(self._next("F", forward), self._next("B", backward)))
+        self._add(self._next("F", forward), self._next("B", backward))
 
 
-def _eight_steps(rank: int, stages: int, count: int) -> list[Compute | Pair]:
-    """The order of one rank for `count` micro-batches per direction, step by step as the report's figure 5 shows it."""
-    half, depth = stages // 2, min(rank, stages - 1 - rank)
-    outer = half - 1 - depth  # how many ranks lie between this one and the middle
-    record = _Recorder(rank, stages)
+def _eight_steps(record: _Recorder, depth: int, stages: int, count: int) -> list[Compute | Pair]:
+    """The order of the rank `depth` ranks from the end, for `count` micro-batches per direction (figure 5)."""
+    outer = stages // 2 - 1 - depth  # how many ranks lie between this one and the middle
     for _ in range(2 * outer):  # 1: fill
         record.forward(0)
     for _ in range(depth + 1):  # 2

@@ -1,0 +1,97 @@
+"""Every schedule there is, in the engine: it runs what the plan says, and trains what one process trains."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ext.pipeline.schedules import NAMES
+from tests.distributed import equality, generic
+from tests.distributed.equality import Case, compare, gather
+from tests.distributed.generic import Job, batches, build
+from tests.distributed.pool import WorkerPool
+
+MORE_CHUNKS = [("dualpipe_interleaved", 4, 2), ("dualpipe_interleaved", 4, 4), ("wave", 2, 2), ("wave", 4, 3),
+               ("wave", 4, 4), ("interleaved", 4, 4), ("interleaved_paired", 2, 4)]
+CELLS = [(name, stages, 1) for name in NAMES for stages in (2, 4)] + MORE_CHUNKS
+
+
+@functools.cache
+def expected(job: Job) -> dict[str, Any]:
+    return generic.reference(job)
+
+
+@functools.cache
+def expected_moe(case: Case) -> dict[str, Any]:
+    return equality.reference(case)
+
+
+@pytest.fixture
+def pools(pool2: WorkerPool, pool4: WorkerPool) -> dict[int, WorkerPool]:
+    return {2: pool2, 4: pool4}
+
+
+def train_and_record(job: Job) -> dict[str, Any]:
+    """Rank 0 returns what happened; each rank what it ran, next to what it was to run."""
+    engine = build(job)
+    data = batches(engine, job)
+    losses, norms = [], []
+    for step in range(job.steps):
+        if step == 1:
+            engine.record_next_batch()
+        losses.append(float(engine.train_batch(data)))
+        norms.append(float(engine.get_global_grad_norm()))
+        assert engine.weights.waiting == [] and engine.executor.messenger.under_way == 0
+    state = gather(engine)
+    rank = engine.module.stage_rank
+    return {"losses": losses, "norms": norms, "state": state if dist.get_rank() == 0 else None,
+            "ran": [span.instruction for span in engine.timeline.ranks[rank]], "planned": engine.plan().compute(rank)}
+
+
+@pytest.mark.parametrize(("name", "stages", "chunks"), CELLS)
+def test_runs_its_plan_and_equals_one_process(
+    name: str, stages: int, chunks: int, pools: dict[int, WorkerPool]
+) -> None:
+    job = Job(generic.deep, stages, zero=NAMES.index(name) % 3, micro_batches=8, steps=2, schedule=name, chunks=chunks)
+    found = pools[stages].run(train_and_record, job)
+    for rank in found:
+        assert rank["ran"] == rank["planned"]
+        assert rank["losses"] == found[0]["losses"]
+    compare(found[0], expected(Job(generic.deep, micro_batches=8, steps=2, zero=0)))
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), [("wave", 5), ("dualpipe_interleaved", 6), ("zb_h1", 3), ("zbv", 1),
+                                                     ("1f1b", 2), ("dualpipev", 9)])
+def test_sizes_that_divide_nothing(name: str, micro_batches: int, pool4: WorkerPool) -> None:
+    job = Job(generic.deep, 4, micro_batches=micro_batches, steps=2, schedule=name)
+    compare(pool4.run(train_and_record, job)[0],
+            expected(Job(generic.deep, micro_batches=micro_batches, steps=2, zero=0)))
+
+
+MOE = [
+    # P = 2, D = 2: experts split over the replicas of a pipeline, with and without mirrored ranks.
+    Case(2, 2, 2, 1, True, 0.1, 4, steps=4, schedule="zbv"),
+    Case(2, 2, 2, 2, False, 0.0, 3, steps=4, schedule="1f1b"),
+    Case(2, 2, 1, 0, False, 0.1, 4, steps=4, schedule="interleaved_paired", chunks=2),
+    Case(2, 2, 2, 1, False, 0.1, 4, steps=4, schedule="wave", chunks=3),
+    Case(2, 2, 2, 2, True, 0.1, 4, steps=4, schedule="dualpipe_interleaved", chunks=2),
+    Case(4, 1, 1, 1, True, 0.1, 8, steps=4, schedule="dualpipe_zb"),
+    Case(4, 1, 1, 0, False, 0.1, 4, steps=4, schedule="zb_h1"),
+]
+
+
+@pytest.mark.parametrize("case", MOE, ids=str)
+def test_experts_and_tied_embeddings_under_every_placement(case: Case, pool4: WorkerPool) -> None:
+    found = pool4.run(equality.train, case, timeout=240)[0]
+    whole = Case(dropout=case.dropout, micro_batches=case.micro_batches * case.replicas, steps=case.steps)
+    compare(found, expected_moe(whole))
+
+
+def test_the_comparison_would_see_another_batch() -> None:
+    job = Job(generic.deep, micro_batches=8, steps=2, zero=0)
+    with pytest.raises(AssertionError):
+        compare(expected(replace(job, micro_batches=6)), expected(job))
