@@ -4,12 +4,14 @@ A channel is a one-way stream of messages of one kind (activations "F", gradient
 the pipeline from one rank to another. The receiver is told beforehand which messages will come, in the order of
 sending; it may take them in another order (interleaved schedules do), and one that came too early waits for its turn.
 
-Each message is a header and a payload. The header (key, shapes, dtypes, which tensors want a gradient) travels
-between hosts over gloo, so that reading it never waits for a device. A receive for the payload is posted before the
-header is here, for the shapes of the channel's previous message; both sides know those. If the shapes turn out to
-have changed, the sender first feeds that receive with padding and sends the payload again, so a change of shape costs
-one message and needs no promise from the user. gloo itself accepts wrong shapes and dtypes silently, and aborts the
-process on longer ones.
+Each message is a header (key, shapes, dtypes, which tensors want a gradient) and a payload. The receive for both is
+posted early, for the shapes of the channel's previous message; both sides know those. If the shapes turn out to have
+changed, the sender first fills that receive with padding and sends the payload again, so a change of shape costs one
+message and needs no promise from the user. gloo itself accepts wrong shapes and dtypes silently, and aborts the process
+on longer ones.
+
+Over gloo the two travel as one frame, for a message costs it 0.3 ms of a busy core whatever its length. Elsewhere the
+header travels between the hosts over gloo and the payload between the devices, so that reading it never waits for one.
 
 What is sent must stay alive until the peer has it, and gloo does not say when that is short of waiting. So every header
 also says how many messages its sender has received from the reader, channel by channel, and those are let go.
@@ -24,6 +26,8 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,6 +38,7 @@ from torch.distributed import ProcessGroup
 from megatron_ext.config.errors import UserError
 
 HEADER_LENGTH = 256  # int64 words: 2 KB, enough for tuples of 30 tensors with 5 dimensions
+_HEADER_BYTES, _ALIGNMENT = 8 * HEADER_LENGTH, 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
            torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
 _AS_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)  # gloo does not know them
@@ -79,6 +84,26 @@ class Spec:
     @property
     def bytes(self) -> int:
         return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors)
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """Where each tensor begins in a frame, and where the last one ends."""
+        sizes = (-(-math.prod(t.shape) * t.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for t in self.tensors)
+        return list(accumulate(sizes, initial=0))
+
+    @property
+    def frame_bytes(self) -> int:
+        """Room that the payload takes in a frame."""
+        return self._offsets[-1]
+
+    def places(self, frame: Tensor, start: int) -> list[Tensor]:
+        """The tensors of a payload inside a frame of bytes, from `start` on.
+
+        Not views of it: those would count each other's in-place changes.
+        """
+        storage = frame.untyped_storage()
+        return [torch.empty(0, dtype=t.dtype).set_(storage, (start + offset) // t.dtype.itemsize, t.shape)
+                for t, offset in zip(self.tensors, self._offsets, strict=False)]
 
     def fits(self, other: Spec) -> bool:
         """Whether buffers for `other` can take this payload."""
@@ -154,10 +179,10 @@ class _Line:
     control: ProcessGroup
     device: torch.device
 
-    @property
-    def host(self) -> torch.device:
-        """Where payloads are while they travel."""
-        return torch.device("cpu") if dist.get_backend(self.payload) == "gloo" else self.device
+    @cached_property
+    def framed(self) -> bool:
+        """Whether header and payload travel together, through the hosts' memory."""
+        return dist.get_backend(self.payload) == "gloo"
 
 
 class _Outbox:
@@ -173,18 +198,37 @@ class _Outbox:
         spec = Spec.of(tensors, is_tuple)
         padded = self.previous is not None and not spec.fits(self.previous)
         header = _Header(key, spec, padded, received).write()
-        works = [dist.isend(header, self.line.peer, group=self.line.control, tag=self.line.tag)]
-        alive = [header]
-        padding = [torch.zeros(t.shape, dtype=t.dtype, device=self.line.host)
-                   for t in (self.previous.tensors if self.previous is not None and padded else ())]
+        parts = self._frames(header, tensors, spec) if self.line.framed else self._apart(header, tensors, padded)
+        works = [dist.isend(part, self.line.peer, group=group, tag=tag) for part, group, tag in parts]
+        self.under_way.append((works, [part for part, _, _ in parts]))
+        self.previous = spec
+
+    def _frames(self, header: Tensor, tensors: Sequence[Tensor],
+                spec: Spec) -> list[tuple[Tensor, ProcessGroup, int]]:
+        """A frame with room for the previous layout, and a second one with the payload if that has another."""
+        line, before = self.line, self.previous
+        room = before.frame_bytes if before is not None else 0
+        frames = [torch.empty(_HEADER_BYTES + room, dtype=torch.uint8)]
+        frames[0][:_HEADER_BYTES].view(torch.int64).copy_(header)
+        start = _HEADER_BYTES
+        if before is None or not spec.fits(before):
+            frames.append(torch.empty(spec.frame_bytes, dtype=torch.uint8))
+            start = 0
+        for place, tensor in zip(spec.places(frames[-1], start), tensors, strict=True):
+            place.copy_(tensor.detach())
+        return [(frame, line.control, line.tag + i) for i, frame in enumerate(frames) if frame.numel()]
+
+    def _apart(self, header: Tensor, tensors: Sequence[Tensor],
+               padded: bool) -> list[tuple[Tensor, ProcessGroup, int]]:
+        line, before = self.line, self.previous
+        parts = [(header, line.control, line.tag)]
+        padding = [torch.zeros(t.shape, dtype=t.dtype, device=line.device)
+                   for t in (before.tensors if before is not None and padded else ())]
         for tensor in (*padding, *tensors):
             if tensor.numel():
-                flat = tensor.detach().contiguous().to(self.line.host)
-                flat = flat.view(torch.uint8) if flat.dtype in _AS_BYTES else flat
-                works.append(dist.isend(flat, self.line.peer, group=self.line.payload, tag=self.line.tag + 1))
-                alive.append(flat)
-        self.under_way.append((works, alive))
-        self.previous = spec
+                flat = tensor.detach().contiguous().to(line.device)
+                parts.append((flat.view(torch.uint8) if flat.dtype in _AS_BYTES else flat, line.payload, line.tag + 1))
+        return parts
 
     def acknowledge(self, count: int) -> None:
         """Lets go of the messages that the peer has, `count` since the beginning.
@@ -192,7 +236,7 @@ class _Outbox:
         Elsewhere than over gloo that only says that the peer's host has the header, and waiting would hold up the
         computations after it on this device: those payloads stay until their transfer is seen to be done.
         """
-        while self.arrived < count and (self.line.host.type == "cpu" or self._done()):
+        while self.arrived < count and (self.line.framed or self._done()):
             self._let_go()
 
     def finish(self) -> None:
@@ -216,7 +260,7 @@ class _Inbox:
         self.line = line
         self.previous: Spec | None = None
         self.expected: deque[Key] = deque()
-        self.header: tuple[Tensor, dist.Work] | None = None
+        self.header: tuple[Tensor, dist.Work] | None = None  # a frame, or the header alone
         self.posted: tuple[list[Tensor], list[dist.Work]] | None = None
         self.early: dict[Key, tuple[list[Tensor], Spec]] = {}
         self.received = 0
@@ -224,12 +268,15 @@ class _Inbox:
     def post(self) -> None:
         """Posts the receives of the next expected message, if there is one and they are not posted yet."""
         if self.expected and self.header is None:
-            header = torch.empty(HEADER_LENGTH, dtype=torch.int64)
-            self.header = header, dist.irecv(header, self.line.peer, group=self.line.control, tag=self.line.tag)
-            self.posted = None if self.previous is None else self._post_payload(self.previous)
+            line, before = self.line, self.previous
+            room = before.frame_bytes if before is not None and line.framed else 0
+            header = torch.empty(_HEADER_BYTES + room, dtype=torch.uint8)
+            words = header if line.framed else header.view(torch.int64)
+            self.header = header, dist.irecv(words, line.peer, group=line.control, tag=line.tag)
+            self.posted = None if before is None or line.framed else self._post_payload(before)
 
     def _post_payload(self, spec: Spec) -> tuple[list[Tensor], list[dist.Work]]:
-        buffers = [torch.empty(t.shape, dtype=torch.uint8 if t.dtype in _AS_BYTES else t.dtype, device=self.line.host)
+        buffers = [torch.empty(t.shape, dtype=torch.uint8 if t.dtype in _AS_BYTES else t.dtype, device=self.line.device)
                    for t in spec.tensors]
         works = [dist.irecv(buffer, self.line.peer, group=self.line.payload, tag=self.line.tag + 1)
                  for buffer in buffers if buffer.numel()]
@@ -240,10 +287,26 @@ class _Inbox:
         self.post()
         assert self.header is not None
         self.header[1].wait()
-        header = _Header.read(self.header[0])
+        header = _Header.read(self.header[0][:_HEADER_BYTES].view(torch.int64))
         if header.key != self.expected[0]:
             raise MessageError(f"rank {self.line.peer} sent the {header.key} where this rank waits for the "
                                f"{self.expected[0]}: the two ranks run different schedules")
+        landed = self._framed(header, self.header[0]) if self.line.framed else self._came_apart(header)
+        self.early[self.expected.popleft()] = landed, header.spec
+        self.previous, self.header, self.posted = header.spec, None, None
+        self.received += 1
+        self.post()
+        return header
+
+    def _framed(self, header: _Header, frame: Tensor) -> list[Tensor]:
+        line, spec, start = self.line, header.spec, _HEADER_BYTES
+        if header.padded or self.previous is None:
+            frame, start = torch.empty(spec.frame_bytes, dtype=torch.uint8), 0
+            if frame.numel():
+                dist.irecv(frame, line.peer, group=line.control, tag=line.tag + 1).wait()
+        return [place.to(line.device) for place in spec.places(frame, start)]
+
+    def _came_apart(self, header: _Header) -> list[Tensor]:
         buffers, works = self.posted or self._post_payload(header.spec)
         for work in works:
             work.wait()
@@ -251,14 +314,7 @@ class _Inbox:
             buffers, works = self._post_payload(header.spec)
             for work in works:
                 work.wait()
-        landed = [b.to(self.line.device) for b in buffers]
-        self.early[self.expected.popleft()] = [
-            b if b.dtype == t.dtype else b.view(t.dtype) for b, t in zip(landed, header.spec.tensors, strict=True)
-        ], header.spec
-        self.previous, self.header, self.posted = header.spec, None, None
-        self.received += 1
-        self.post()
-        return header
+        return [b if b.dtype == t.dtype else b.view(t.dtype) for b, t in zip(buffers, header.spec.tensors, strict=True)]
 
 
 class Messenger:
@@ -271,8 +327,8 @@ class Messenger:
         device: where payloads live.
     """
 
-    def __init__(self, groups: Mapping[str, ProcessGroup | Mapping[tuple[int, int], ProcessGroup]], control: ProcessGroup,
-                 device: torch.device):
+    def __init__(self, groups: Mapping[str, ProcessGroup | Mapping[tuple[int, int], ProcessGroup]],
+                 control: ProcessGroup, device: torch.device):
         self.groups, self.control, self.device = groups, control, device
         self._outboxes: dict[tuple[str, int], _Outbox] = {}
         self._inboxes: dict[tuple[str, int], _Inbox] = {}

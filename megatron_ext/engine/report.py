@@ -23,7 +23,7 @@ class ReportMixin:
         dist.all_gather_object(ranks, spans, group=self.process_groups.pipeline)
         start = min(s[0].start for s in ranks if s)
         shifted = [[s._replace(start=s.start - start, end=s.end - start) for s in spans] for spans in ranks]
-        self.timeline = Timeline(f"{plan.name}, step {self.global_steps}", shifted)
+        self.timeline = Timeline(f"{plan.name}, step {self.global_steps}", shifted, plan.chunks)
 
     def gather_expert_counts(self) -> dict[str, Tensor]:
         """Tokens per expert of the last step for every router of the model, by name, on every rank; collective."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_ext.comm.point_to_point import Key
 from megatron_ext.pipeline import choice
 from megatron_ext.pipeline.choice import Choice
 from megatron_ext.pipeline.instructions import Plan
+from megatron_ext.pipeline.measured import Durations, add_durations, measured_times
 from megatron_ext.pipeline.schedules import schedule
 from megatron_ext.pipeline.simulator import Times
 from megatron_ext.pipeline.timeline import Span
@@ -35,9 +35,6 @@ from megatron_ext.pipeline.verifier import verify
 MEASURED = 3  # steps; the median over them and over micro-batches stands against the odd slow one
 TRACED = 3  # steps from the start that are traced
 PINGS = 9  # messages there and back, of which the median counts
-
-Durations = dict[tuple[Any, ...], list[float]]
-"""(kind, stage) -> seconds; for a pair ("FB" or "FI", stage of the forward, stage of the backward)."""
 
 
 class ScheduleMixin:
@@ -92,7 +89,7 @@ class ScheduleMixin:
     def _wants_trace(self) -> bool:
         every = self.steps_per_print()
         return self.section.pipeline.trace is not None and (
-            self.global_steps < TRACED or bool(every) and (self.global_steps + 1) % every == 0)
+            self.global_steps < TRACED or (bool(every) and (self.global_steps + 1) % every == 0))
 
     def _after_step(self, plan: Plan, spans: list[Span]) -> None:
         """Keeps what a recorded step has shown; chooses when there is enough of it."""
@@ -104,10 +101,7 @@ class ScheduleMixin:
             write_rank_trace(folder, self.global_steps, self.module.stage_rank, spans, plan, self._clock_offset)
         if not (spans and self._auto and self._choice is None):
             return
-        for span in spans:
-            parts = span.instruction.parts
-            key = ("".join(part.kind for part in parts), *(part.stage for part in parts))
-            self._durations[key].append(span.end - span.start)
+        add_durations(self._durations, spans)
         if self._steps_run > MEASURED:
             self._choose()
 
@@ -119,8 +113,11 @@ class ScheduleMixin:
         chosen: list[Any] = [None]
         if rank == 0:
             grid = self.process_groups.topology
-            times = measured_times([durations for durations, _ in found], grid.total_stages,
-                                   self.module.chunks, statistics.median(ping for _, ping in found))
+            seen: Durations = defaultdict(list)
+            for durations, _ in found:
+                for key, values in durations.items():
+                    seen[key].extend(values)
+            times = measured_times(seen, grid.total_stages, self.module.chunks, max(ping for _, ping in found))
             chosen = [choice.choose(times, grid.stages, self._total(), self.module.placement, self.module.chunks,
                                     self.section.pipeline.memory_limit, self.module.bounds[-1])]
         dist.broadcast_object_list(chosen, src=0, group=control)
@@ -168,44 +165,6 @@ class ScheduleMixin:
             samples.append((time.perf_counter() - began) / 2)
         messenger.finish()
         return statistics.median(samples)
-
-
-def measured_times(ranks: Iterable[Durations], stages: int, chunks: int, message: float) -> Times:
-    """Times of the job from the durations that its ranks have seen, of `stages` stages, medians.
-
-    What no schedule run so far has shown is filled in: I and W are halves of a B that was never split, and a pair that
-    never ran takes as long as its parts.
-    """
-    seen: Durations = defaultdict(list)
-    for durations in ranks:
-        for key, values in durations.items():
-            seen[key].extend(values)
-    median = {key: statistics.median(values) for key, values in seen.items()}
-    found = [_parts(median, stage) for stage in range(stages)]
-    shares = []  # of a full pair in what its parts take apart; of one with "I", its W counted to both
-    for (kind, *where), value in median.items():
-        if kind in ("FB", "FI"):
-            (forward, _, _), (_, input_grad, weight_grad) = (found[stage] for stage in where)
-            apart = forward + input_grad + weight_grad
-            if apart > 0:
-                shares.append((value + (weight_grad if kind == "FI" else 0.0)) / apart)
-    share = statistics.median(shares) if shares else 1.0
-    means = [statistics.fmean(column) for column in zip(*found, strict=True)]
-    total = sum(means)
-    lengths = tuple(max(sum(parts) / total, 1e-3) for parts in found)
-    forward, input_grad, weight_grad = (mean * chunks for mean in means)
-    pair = max(share * total * chunks, weight_grad)
-    return Times(forward, input_grad, weight_grad, pair, message, lengths)
-
-
-def _parts(median: dict[tuple[Any, ...], float], stage: int) -> tuple[float, float, float]:
-    """F, I and W of one stage."""
-    full, input_grad, weight_grad = (median.get((kind, stage)) for kind in "BIW")
-    if input_grad is None:
-        input_grad = 0.0 if full is None else full / 2
-    if weight_grad is None:
-        weight_grad = 0.0 if full is None else max(0.0, full - input_grad)
-    return median.get(("F", stage), 0.0), input_grad, weight_grad
 
 
 def table(chosen: Choice) -> str:

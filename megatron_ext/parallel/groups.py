@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 from megatron_ext.parallel.topology import Topology
 
-
 Edges = dict[tuple[int, int], ProcessGroup]
 """(sender, receiver) -> the group of the two."""
 
@@ -76,18 +75,27 @@ class ProcessGroups:
         assert topology.world_size == dist.get_world_size(), (topology, dist.get_world_size())
         timeout = timeout or default_timeout()
 
+        made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
+
         def mine(groups: list[list[int]]) -> tuple[ProcessGroup, list[int]]:
-            # Every rank makes all of them, in the same order.
-            made = [(dist.new_group(ranks, timeout=timeout), ranks) for ranks in groups]
-            [found] = [(group, ranks) for group, ranks in made if rank in ranks]
-            return found
+            # Every rank makes all of them, in the same order. The same ranks need one group only: each of gloo's has
+            # a thread that wakes 100 times a second, each of NCCL's its buffers on the device.
+            key = tuple(map(tuple, groups))
+            for ranks in groups if key not in made else ():
+                group = dist.new_group(ranks, timeout=timeout)
+                if rank in ranks:
+                    made[key] = group
+            return made[key], next(ranks for ranks in groups if rank in ranks)
 
         data, data_ranks = mine(topology.data_parallel_groups())
         model, model_ranks = mine(topology.model_parallel_groups())
         pipeline, _ = mine(topology.pipeline_groups())
         expert, expert_ranks = mine(topology.expert_parallel_groups())
         expert_data, expert_data_ranks = mine(topology.expert_data_parallel_groups())
-        control = dist.new_group(everyone, timeout=timeout, backend="gloo")
+        if dist.get_backend() == "gloo":
+            control, _ = mine([everyone])
+        else:
+            control = dist.new_group(everyone, timeout=timeout, backend="gloo")
         channels = topology.channels() if channels is None else channels
         messages: dict[str, ProcessGroup | Edges] = dict.fromkeys(channels, control)
         if dist.get_backend() != "gloo" if by_edge is None else by_edge:

@@ -3,7 +3,8 @@
 DeepSpeed asks an `mpu` for its data-parallel group (ZeRO shards over it), its model-parallel group (gradient norms
 and overflow are summed over it) and a model-parallel rank (it names checkpoint files). With the data-parallel group
 of size 2D and the P/2 mirrored pairs as model-parallel ranks (of size D, and the P ranks of the pipeline, under one
-direction), stock ZeRO-1/2, clipping, offload and universal checkpoints are right as they are. Method names are DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
+direction), stock ZeRO-1/2, clipping, offload and universal checkpoints are right as they are. Method names are
+DeepSpeed's (`deepspeed/utils/groups.py`, `bwc.py`); checked against 0.19.8.
 """
 
 from __future__ import annotations

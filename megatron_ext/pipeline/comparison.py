@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from megatron_ext.pipeline.instructions import Message, Pair, Plan, ScheduleError
+from megatron_ext.pipeline.instructions import Message, Plan, ScheduleError
+from megatron_ext.pipeline.measured import Durations, add_durations, measured_times
 from megatron_ext.pipeline.simulator import Times, simulate
 from megatron_ext.pipeline.timeline import Span, Timeline
 
@@ -77,7 +78,7 @@ def compare(plan: Plan, ran: Timeline, times: Times | None = None) -> Comparison
         ScheduleError: the run is not one of this plan; says where they part.
     """
     _check_same(plan, ran)
-    times = times or measured_times(plan, ran)
+    times = times or times_of_run(plan, ran)
     simulated = simulate(plan, times).timeline
     planned = Timeline(f"{plan.name}, planned", simulated.ranks, plan.chunks, ran.unit)
     operations = [
@@ -89,29 +90,25 @@ def compare(plan: Plan, ran: Timeline, times: Times | None = None) -> Comparison
     return Comparison(plan, times, planned, ran, operations)
 
 
-def measured_times(plan: Plan, ran: Timeline) -> Times:
-    """Medians of a run, per kind of computation and for a rank's whole share of the model.
+def times_of_run(plan: Plan, ran: Timeline) -> Times:
+    """What a run took, by medians: for a rank's whole share of the model, and how unlike its stages are.
 
     A message takes what passed from the end of the computation that made it to the start of the one that needed it,
-    where the receiving rank had nothing else to do. Where nothing of a kind ran, its time follows from the others.
+    where the receiving rank had nothing else to do. I and W are halves of a B that was never split.
 
     Raises:
         ScheduleError: the run is not one of this plan, or is empty.
     """
     _check_same(plan, ran)
-    lengths: dict[str, list[float]] = defaultdict(list)
+    seen: Durations = defaultdict(list)
     for spans in ran.ranks:
-        for start, end, instruction in spans:
-            kind = "FB" + instruction.backward.kind if isinstance(instruction, Pair) else instruction.kind
-            lengths[kind].append((end - start) * plan.chunks)
-    middle = {kind: median(found) for kind, found in lengths.items()}
-    both = middle.get("B", middle.get("FBB", 0.0) - middle.get("F", 0.0))
-    input_grad = middle.get("I", max(both, 0.0) / 2)
-    weight_grad = middle.get("W", max(both - input_grad, 0.0))
-    pair = middle.get("FBB", middle["FBI"] + weight_grad if "FBI" in middle else None)
+        add_durations(seen, spans)
     waits = [waited for _, _, waited, source in _waits(plan, ran, 0.0) if source is not None]
-    return Times(middle.get("F", 0.0), input_grad, weight_grad, None if pair is None else max(pair, weight_grad),
-                 median(waits) if waits else 0.0)
+    return measured_times(seen, len(plan.placement[0]), plan.chunks, median(waits) if waits else 0.0)
+
+
+
+_ALIKE = 1.05  # longest by shortest stage, up to which stages are taken for equal
 
 
 def _check_same(plan: Plan, ran: Timeline) -> None:

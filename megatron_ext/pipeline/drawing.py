@@ -124,10 +124,13 @@ def _scale(timeline: Timeline) -> tuple[float, str]:
 
 
 def _width(timeline: Timeline) -> float:
-    """Inches: wide enough for a number in most boxes, within what a screen can scroll."""
+    """Inches: wide enough for a number in the boxes, those of a short W too if that costs no more than twice the width;
+    within what a screen can scroll."""
     lengths = sorted(end - start for spans in timeline.ranks for start, end, _ in spans)
-    typical = max(lengths[len(lengths) // 4], sum(lengths) / len(lengths) / 2.5) or 1.0  # an empty W takes no time
-    return min(max(0.19 * (timeline.end - timeline.start) / typical + 1.5, 10.0), _WIDEST)
+    typical = max(lengths[len(lengths) // 4], sum(lengths) / len(lengths) / 2.5) or 1.0
+    shortest = next((length for length in lengths if length > 0.05 * typical), typical)  # an empty W takes no time
+    per_unit = max(0.19 / typical, min(0.07 / shortest, 0.38 / typical))
+    return min(max(per_unit * (timeline.end - timeline.start) + 1.5, 10.0), _WIDEST)
 
 
 # -- colours

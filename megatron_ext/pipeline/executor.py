@@ -178,9 +178,10 @@ class _Run:
 
     def _run_parts(self, instruction: Compute | Pair, ready: list[_Input]) -> None:
         runs = [partial(self._run, part, received) for part, received in zip(instruction.parts, ready, strict=True)]
-        together = self.x.module.paired_step(instruction.stage) if len(runs) == 2 else None
-        if together is not None:
-            together(*runs)
+        together = self.x.module.paired_step(instruction.stage) if isinstance(instruction, Pair) else None
+        if together is not None and isinstance(instruction, Pair):
+            forward, backward = runs
+            together(forward, backward, instruction.backward.kind == "B")
         else:
             for run in runs:
                 run()

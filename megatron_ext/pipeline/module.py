@@ -242,11 +242,11 @@ class PipelineModule(nn.Module):
             return all(type(layer.call).__name__ in self._checkpointable for layer in block)
         return any(True for layer in block if isinstance(layer.call, nn.Module) for _ in layer.call.parameters())
 
-    def paired_step(self, stage: int) -> Callable[[Callable[[], None], Callable[[], None]], None] | None:
+    def paired_step(self, stage: int) -> Callable[[Callable[[], None], Callable[[], None], bool], None] | None:
         """How a stage runs its forward together with another micro-batch's backward, if a layer of it offers that.
 
-        A layer that has a method `paired_step(forward, backward)` is called in the place of a pair's two halves and
-        calls both, each once.
+        A layer that has a method `paired_step(forward, backward, full)` is called in the place of a pair's two halves
+        and calls both, each once. `full` says whether the backward takes its weight gradients.
         """
         return next((layer.call.paired_step for layer in self._layers[stage] if hasattr(layer.call, "paired_step")),
                     None)

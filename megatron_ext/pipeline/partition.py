@@ -71,9 +71,10 @@ def partition(method: str, names: Sequence[str], parameters: Sequence[int], stag
     """
     layers = len(names)
     if stages > layers:
-        key, value, these = ("stages", stages, "") if chunks == 1 else ("chunks", chunks, f"make {stages} stages, which ")
+        key, value = ("stages", stages) if chunks == 1 else ("chunks", chunks)
+        subject = "" if chunks == 1 else f"make {stages} stages, which "
         raise ConfigError(f"megatron_ext.pipeline.{key}", value,
-                          f"{these}must not exceed the {layers} layers of the model: a stage would be empty")
+                          f"{subject}must not exceed the {layers} layers of the model: a stage would be empty")
     kind = method.lower()
     if kind == "uniform":
         return balanced([1.0] * layers, stages)

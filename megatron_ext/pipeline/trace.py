@@ -60,7 +60,7 @@ def read_trace(path: str | Path, step: int | None = None) -> Timeline:
     """The timeline in a file of `write_trace`, in the folder of one step, or in a folder of steps.
 
     Args:
-        path: one of the three.
+        path: one of the three; of a run with several replicas, which have a folder each, the first is read.
         step: which, in a folder of steps; None takes the last that is whole.
 
     Raises:
@@ -182,6 +182,8 @@ def _step_folder(path: Path, step: int | None) -> Path:
     if (path / "plan.json").exists() or any(path.glob("rank_*.json")):
         return path
     steps = recorded_steps(path)
+    if not steps and (replicas := sorted(path.glob("replica_*"), key=lambda folder: (len(folder.name), folder.name))):
+        return _step_folder(replicas[0], step)
     if not steps:
         rule = "no recorded step in it"
         raise ScheduleError(f'{path}: {rule}; a run writes them with "pipeline": {{"trace": "{path}"}} in its config')

@@ -163,8 +163,8 @@ def sends() -> list[int]:
 
 
 def test_only_another_layout_costs_another_message(pool2: WorkerPool) -> None:
-    """A header and a payload; padding where the shape changes, not where only gradients come and go (evaluation)."""
-    assert pool2.run(sends) == [[2, 2, 2, 3, 2, 2]] * 2
+    """One frame; two where the shape changes, and not where only gradients come and go (evaluation)."""
+    assert pool2.run(sends) == [[2, 1, 1, 2, 1, 1]] * 2
 
 
 # -- errors
@@ -278,4 +278,5 @@ def test_what_the_peer_has_is_let_go(pool2: WorkerPool) -> None:
 
 
 def test_what_nobody_answered_is_kept_until_the_end(pool2: WorkerPool) -> None:
-    assert pool2.run(ping_pong, False)[0] == (20, 20, 0)
+    """As frames: what was sent is copied into them and need not live."""
+    assert pool2.run(ping_pong, False)[0] == (20, 0, 0)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext.pipeline import Pair, Plan, ScheduleError, Span, Timeline, Times, draw, schedule
-from megatron_ext.pipeline.comparison import compare, measured_times
+from megatron_ext.pipeline import Pair, Plan, ScheduleError, Span, Timeline, Times, draw, schedule, simulate
+from megatron_ext.pipeline.comparison import compare, times_of_run
 from megatron_ext.pipeline.drawing import draw_comparison
 from megatron_ext.pipeline.timeline import describe
 
@@ -37,11 +37,20 @@ def run(plan: Plan, slow: dict[tuple[int, int], float], late: dict[tuple[int, in
 @pytest.mark.parametrize("name", ["dualpipe", "1f1b", "zbv"])
 def test_times_are_measured(name):
     plan = schedule(name, 4, 8)
-    found = measured_times(plan, run(plan, {(1, 5): 0.1}, {}))
+    found = times_of_run(plan, run(plan, {(1, 5): 0.1}, {}))
     assert (found.forward, found.message) == pytest.approx((TIMES.forward, TIMES.message))
     assert found.input_grad + found.weight_grad == pytest.approx(TIMES.input_grad + TIMES.weight_grad)
     if name == "dualpipe":
         assert (found.input_grad, found.weight_grad, found.pair) == pytest.approx((0.02, 0.01, 0.045))
+
+
+def test_unlike_stages_are_measured_and_not_called_late():
+    plan = schedule("dualpipe_zb", 4, 12)
+    ran = simulate(plan, replace(TIMES, stages=(0.7, 0.9, 0.9, 1.5))).timeline
+    found = times_of_run(plan, ran)
+    assert found.stages == pytest.approx((0.7, 0.9, 0.9, 1.5))
+    assert (found.forward, found.input_grad, found.weight_grad, found.pair) == pytest.approx((0.02, 0.02, 0.01, 0.045))
+    assert max(operation.delay for operation in compare(plan, ran).operations) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["dualpipe", "1f1b", "zbv"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 
 import pytest
@@ -137,8 +138,12 @@ def test_sizes_are_sound():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_size_is_sound():
-    """All even P <= 32 and even m <= 128 within three minutes."""
-    assert check_every_size(range(2, 33, 2), range(2, 129, 2)) > 6000
+    """All even P <= 32 and even m <= 128."""
+    gc.disable()  # plans have no cycles, and looking for some in their hundred thousand tuples doubles the time
+    try:
+        assert check_every_size(range(2, 33, 2), range(2, 129, 2)) > 6000
+    finally:
+        gc.enable()
 
 
 @given(name=st.sampled_from(PLAIN[:5]), P=st.integers(1, 9), m=st.integers(1, 30))

@@ -74,6 +74,14 @@ def test_the_last_whole_step_is_read(tmp_path):
         read_trace(tmp_path, 4)
 
 
+def test_of_several_replicas_the_first_is_read(tmp_path):
+    for replica in (10, 2, 0):
+        record(tmp_path / f"replica_{replica}", step=replica)
+    assert read_trace(tmp_path).name == "dualpipe, step 0"
+    assert read_trace(tmp_path / "replica_10").name == "dualpipe, step 10"
+    assert read_plan(tmp_path) == PLAN
+
+
 @pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe_zb", "interleaved_paired"])
 def test_plans_come_back_whole(name, tmp_path):
     plan = schedule(name, 4, 8)

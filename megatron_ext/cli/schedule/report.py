@@ -31,8 +31,10 @@ def show(folder: Path, step: int | None, top: int, output: Path | None) -> None:
     durations = [("F", times.forward), ("I", times.input_grad), ("W", times.weight_grad), ("message", times.message)]
     if times.pair is not None:
         durations.insert(3, ("pair", times.pair))
-    console.print("medians of the run, by which the plan was simulated: "
-                  + ", ".join(f"{name} {_time(length, ran.unit)}" for name, length in durations), soft_wrap=True)
+    console.print("the plan was simulated with the medians of the run: "
+                  + ", ".join(f"{name} {_time(length, ran.unit)}" for name, length in durations)
+                  + (f"; its stages take {min(times.stages):.2f} to {max(times.stages):.2f} of these" if times.stages
+                     else ""), soft_wrap=True)
     console.print(_late_table(comparison, late) if late else "nothing ran late")
     console.print(_idle_table(comparison))
     if output is not None:

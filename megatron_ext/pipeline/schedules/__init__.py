@@ -17,7 +17,7 @@ from megatron_ext.pipeline.schedules.dualpipe_zb import dualpipe_zb
 from megatron_ext.pipeline.schedules.greedy import Candidate, Problem, Rule
 from megatron_ext.pipeline.schedules.interleaved import interleaved
 from megatron_ext.pipeline.schedules.plain import gpipe, one_f_one_b, zb_h1
-from megatron_ext.pipeline.schedules.searched import FEW, MANY, searched, shortest
+from megatron_ext.pipeline.schedules.searched import FEW, MANY, list_scheduled, shortest
 from megatron_ext.pipeline.schedules.zbv import zbv
 from megatron_ext.pipeline.simulator import Times
 from megatron_ext.pipeline.verifier import verify
@@ -88,7 +88,7 @@ def _searched(
     limit = sizes.stages + 1 if sizes.memory_limit is None else min(sizes.memory_limit, sizes.micro_batches)
 
     def candidates(problem: Problem, times: Times) -> Iterator[Candidate]:
-        return searched(problem, times, rules)
+        return list_scheduled(problem, times, rules)
 
     plan = shortest(name, placement, sizes.micro_batches, sizes.times, limit, candidates)
     if plan is None:
@@ -154,7 +154,8 @@ def schedule(
         peak = max(verify(plan).activations)
         if peak > memory_limit + 1e-9:
             rule = f"{name} with {micro_batches} micro-batches on {stages} ranks holds {peak:g} activations"
-            raise ConfigError("pipeline.memory_limit", memory_limit, rule, f"allow {peak:g} or use another schedule")
+            hint = f"allow {peak:g}, or use 'dualpipe_interleaved' or 'wave', which keep to a limit"
+            raise ConfigError("pipeline.memory_limit", memory_limit, rule, hint)
     return plan
 
 

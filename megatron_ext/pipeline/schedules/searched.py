@@ -18,6 +18,7 @@ from math import inf
 from random import Random
 
 from megatron_ext.parallel.placement import Placement
+from megatron_ext.pipeline.bounds import lower_bound
 from megatron_ext.pipeline.instructions import POST_AHEAD, Plan, ScheduleError
 from megatron_ext.pipeline.schedules.fill import fill
 from megatron_ext.pipeline.schedules.greedy import Candidate, Order, Problem, Rule, list_schedule
@@ -70,13 +71,19 @@ MANY = (
     Rule(6, 0, 0, 8, 0.0625, 0, 1.6, 0.6, 0.5, pair_bank=0.93, bank=0.75, lead=0.914),
     Rule(4, 6, 0, 0, 0, 0.8, 1.2, 0.4, pair_bank=0.5, lead=0.9),
 )
-# Never stuck, however little memory there is.
-SPARING = tuple(
-    replace(rule, window=window, reserve=0.0) for window in (1, 1.25) for rule in (FEW[0], FEW[4], MANY[0], MANY[2])
+# For little memory. Those with a window of 1 and no reserve never get stuck.
+SPARING = (
+    *(replace(rule, window=window, reserve=0.0)
+      for window in (1, 1.25, 1.5) for rule in (FEW[0], FEW[4], FEW[5], MANY[0], MANY[2])),
+    Rule(0, 8, 0, 2, 0.1875, 0, 0.9, 0.5, pair_bank=0.3, bank=1, lead=0.7, window=1.75),
+    Rule(4, 8, -4, 0, 0.0625, 0.6, 0.05, 1, pair_bank=0.15, lead=0.55, window=1.5, pairs=False),
+    Rule(4, 4, 0, 0, 0.125, 0.2, 0.9, 0.3, 0, 2, bank=2, lead=0.9, window=1.5),
+    Rule(4, 2, 8, 6, 0.1875, 0.2, 0.05, 0.5, 0, 2, 0.75, 2, 0.9, 1.5),
 )
 
 
-OVERRUNS = (None, 0.3, 0.7)  # for W's that are moved; None: they stay
+OVERRUNS = (0.3, 0.7)  # for W's that are moved
+PROMISING = 1.03  # times the shortest yet
 STEPS = 48  # of the search around the best rules
 
 
@@ -129,49 +136,61 @@ def _sound(name: str, placement: Placement, micro_batches: int, order: Order, pr
             post_ahead *= 2
 
 
-def searched(problem: Problem, times: Times, rules: Sequence[Rule]) -> Iterator[Candidate]:
+def list_scheduled(problem: Problem, times: Times, rules: Sequence[Rule]) -> Iterator[Candidate]:
     """What list scheduling finds with these rules, sparing ones if memory is tight, and some more like the best."""
     least = len(problem.placement)
     if problem.limit < least:
         return
-    # The greedy is not monotone in its limit: half an activation less is often better.
+    # The greedy is not monotone in its limit: with less it is often better.
     limits = [problem.limit]
-    if problem.chunks > 1 and problem.limit - 0.5 >= least:
-        limits.append(problem.limit - 0.5)
+    if problem.chunks > 1:
+        limits += [problem.limit - less for less in (0.5, 1.0) if problem.limit - less >= least]
     tight = problem.limit < min(sum(problem.counts), problem.ranks)
     rules = (*rules, *SPARING) if tight else (*rules, SPARING[0])
     # An attempt is a rule, a limit and whether it knows how long messages take.
-    attempts = [(rule, limit, knows) for knows in ((True, False) if times.message else (True,))
-                for limit in limits for rule in rules]
+    attempts = [(rule, limit, True) for limit in limits for rule in rules]
+    if times.message:
+        attempts += [(rule, problem.limit, False) for rule in rules]
     made = []
+    shortest_yet = inf
     for number, attempt in enumerate(attempts):
-        best = inf
-        for candidate in _attempt(problem, times, *attempt):
-            best = min(best, candidate[0])
-            yield candidate
-        made.append((best, number))
+        found = _attempt(problem, times, *attempt, shortest_yet)
+        if found is not None:
+            made.append((found[0], number))
+            shortest_yet = min(shortest_yet, found[0])
+            yield found
     made.sort()
     leaders = [(length, attempts[number]) for length, number in made[:3]]
+    bound = lower_bound(problem.placement, sum(problem.counts), times, problem.limit)
     draw = Random(0)
     for step in range(STEPS):
-        _, (rule, limit, knows) = leaders[step % len(leaders)]
+        length, (rule, limit, knows) = leaders[step % len(leaders)]
+        if shortest_yet <= bound + 1e-9:
+            break
         attempt = (_changed(rule, draw), limit, knows)
-        best = inf
-        for candidate in _attempt(problem, times, *attempt):
-            best = min(best, candidate[0])
-            yield candidate
-        if best < leaders[step % len(leaders)][0]:
-            leaders[step % len(leaders)] = (best, attempt)
+        found = _attempt(problem, times, *attempt, shortest_yet)
+        if found is not None:
+            shortest_yet = min(shortest_yet, found[0])
+            yield found
+            if found[0] < length:
+                leaders[step % len(leaders)] = (found[0], attempt)
 
 
-def _attempt(problem: Problem, times: Times, rule: Rule, limit: float, knows: bool) -> Iterator[Candidate]:
+def _attempt(
+    problem: Problem, times: Times, rule: Rule, limit: float, knows: bool, shortest_yet: float
+) -> Candidate | None:
+    """The order by one rule; if it does not know the latency, timed with it, and with W's moved if it is promising."""
     goal = times if knows else replace(times, message=0.0)
-    found = list_schedule(Problem(problem.placement, problem.counts, goal, limit), rule)
-    if found is not None and knows:
-        yield found
-    elif found is not None:
-        refilled = (fill(problem, found[1], times, overrun) for overrun in OVERRUNS)
-        yield from (candidate for candidate in refilled if candidate is not None)
+    order = list_schedule(Problem(problem.placement, problem.counts, goal, limit), rule)
+    if order is None or knows:
+        return order
+    found = fill(problem, order[1], times, None)
+    if found is not None and found[0] < PROMISING * shortest_yet:
+        for overrun in OVERRUNS:
+            moved = fill(problem, order[1], times, overrun)
+            if moved is not None and moved[0] < found[0] - 1e-9:
+                found = moved
+    return found
 
 
 _CHOICES: dict[str, tuple[float, ...]] = {
@@ -188,12 +207,13 @@ _CHOICES: dict[str, tuple[float, ...]] = {
     "pair_bank": (0.05, 0.15, 0.3, 0.5, 0.75, inf),
     "bank": (0.25, 0.5, 1.0, 1.5, 2.0, inf),
     "lead": (0.45, 0.55, 0.7, 0.9, inf),
+    "window": (1.0, 1.25, 1.5, 1.75),
 }
 
 
 def _changed(rule: Rule, draw: Random) -> Rule:
     """The rule with one or two other values. (`random` alone draws the same numbers in every version of Python.)"""
-    names = sorted(_CHOICES)
+    names = [name for name in sorted(_CHOICES) if name != "window" or rule.window < inf]
     for _ in range(1 + int(2 * draw.random())):
         name = names[int(len(names) * draw.random())]
         rule = replace(rule, **{name: _CHOICES[name][int(len(_CHOICES[name]) * draw.random())]})  # type: ignore[arg-type]
