@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,43 +38,67 @@ class Seconds:
 
 
 class Clock:
-    """Where a rank spends its emulated time; switched off inside a paired step."""
+    """Where a rank spends its emulated time; switched off inside a paired step.
+
+    A sleep is as much shorter as this machine oversleeps (0.1 ms), for a device would not.
+    """
 
     def __init__(self) -> None:
         self.on = True
+        late = []
+        for _ in range(20):
+            began = time.perf_counter()
+            time.sleep(0.005)
+            late.append(time.perf_counter() - began - 0.005)
+        self.oversleep = statistics.median(late)
 
     def spend(self, seconds: float) -> None:
         if self.on:
-            time.sleep(seconds)
+            self.sleep(seconds)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(max(0.0, seconds - self.oversleep))
 
 
-class _Work(torch.autograd.Function):
-    """The identity, with a weight whose gradient may be taken later (megatron_ext/layers/linear.py: the sink)."""
+class _Input(torch.autograd.Function):
+    """The identity; takes the time of the forward, and in backward that of the input gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Layer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
         layer.clock.spend(layer.seconds.forward)
-        ctx.weight, ctx.layer = weight, layer
-        return x + weight.sum()
+        ctx.layer = layer
+        return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        ctx.layer.clock.spend(ctx.layer.seconds.input_grad)
+        return dy, None
+
+
+class _Weight(torch.autograd.Function):
+    """Zero, whose gradient takes the time of the weight gradient; now, later for a sink
+    (megatron_ext/layers/linear.py), or when torch's pipelining asks for weights alone: a node of its own lets it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: nn.Parameter, layer: Layer) -> Tensor:
+        ctx.weight, ctx.layer = weight, layer
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
         layer, weight = ctx.layer, ctx.weight
-        wants_input, wants_weight = ctx.needs_input_grad[:2]
-        if wants_input:
-            layer.clock.spend(layer.seconds.input_grad)
 
         def accumulate(main_grad: Tensor) -> None:
             layer.clock.spend(layer.seconds.weight_grad)
-            main_grad.add_(dy.sum())
+            main_grad.add_(dy)
 
         sink = getattr(weight, "weight_grad_sink", None)
-        grad = None
-        if wants_weight and sink is not None:
+        if sink is not None:
             sink(weight, accumulate)
-        elif wants_weight:
-            accumulate(grad := torch.zeros_like(weight))
-        return dy.clone() if wants_input else None, grad, None
+            return None, None
+        grad = torch.zeros_like(weight)
+        accumulate(grad)
+        return grad, None
 
 
 class Layer(nn.Module):
@@ -89,7 +114,7 @@ class Layer(nn.Module):
             self.paired_step = self._paired_step
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Work.apply(x.requires_grad_(torch.is_grad_enabled()), self.weight, self)
+        return _Input.apply(x.requires_grad_(torch.is_grad_enabled()), self) + _Weight.apply(self.weight, self)
 
     def _paired_step(self, forward: Callable[[], None], backward: Callable[[], None], full: bool) -> None:
         """As long as the schedule counts: a pair whose backward is only "I" leaves its W for later."""
@@ -100,7 +125,7 @@ class Layer(nn.Module):
         self.clock.on = True
         assert self.seconds.pair is not None
         rest = self.seconds.pair - (0.0 if full else self.seconds.weight_grad) - (time.perf_counter() - began)
-        time.sleep(max(0.0, rest))
+        self.clock.sleep(rest)
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> Any:

@@ -3,9 +3,9 @@
 Eight ranks over gloo on this machine; a rank's whole share of the model takes TIMES for forward, input gradient and
 weight gradient by sleeping (emulation.py), so that sharing cores does not matter. Two contests: pairs that gain
 nothing, and pairs of 0.8 of their parts, which only an engine that runs forward and backward together can use. All
-engines of a contest live in the same processes, do the same work with the same number of micro-batches, and take
-turns; figures are medians of whole `train_batch` calls, optimizer step included, and for ours also of the pipeline
-alone, against the makespan simulated with the message time measured in the same run.
+engines do the same work with the same number of micro-batches and take turns; figures are medians of whole
+`train_batch` calls, optimizer step included, and for ours also of the pipeline alone, against the makespan simulated
+with the message time measured in the same run.
 
     python benchmarks/pipeline_step.py --json runs/benchmarks/pipeline_step.json
 """
@@ -112,6 +112,13 @@ def torch_zbv(seconds: Seconds, clock: Clock) -> Step:
     return step
 
 
+PEERS: dict[str, Callable[[Seconds, Clock], Step]] = {
+    "DeepSpeed 1F1B": lambda seconds, clock: stock("PipelineModule", RANKS, seconds, clock),
+    "DeepSpeed DualPipeV": lambda seconds, clock: stock("DualPipeVModule", 2 * RANKS, seconds, clock),
+    "torch ZBV": torch_zbv,
+}
+
+
 def ours(candidate: Ours, seconds: Seconds, clock: Clock) -> tuple[Step, Any]:
     """An engine of megatron_ext, one layer a stage; also the engine."""
     from deepspeed.pipe import LayerSpec
@@ -148,43 +155,57 @@ def ours(candidate: Ours, seconds: Seconds, clock: Clock) -> tuple[Step, Any]:
     return step, engine
 
 
-def measure(rank: int, contest: str, rounds: int) -> dict[str, Any]:
-    """One rank of a contest. A first round does not count."""
+def measure(rank: int, contest: str, name: str, steps: int) -> dict[str, Any]:
+    """One rank of one engine, by its name in the table: seconds of each step, and of its pipeline alone."""
     from megatron_ext.pipeline import Times, simulate
 
     seconds, candidates, _ = CONTESTS[contest]
-    clock = Clock()
-    steps = {"DeepSpeed 1F1B": stock("PipelineModule", RANKS, seconds, clock),
-             "DeepSpeed DualPipeV": stock("DualPipeVModule", 2 * RANKS, seconds, clock),
-             "torch ZBV": torch_zbv(seconds, clock)}
-    engines = {}
-    for candidate in candidates:
-        steps[str(candidate)], engines[str(candidate)] = ours(candidate, seconds, clock)
-    whole: dict[str, list[float]] = {name: [] for name in steps}
-    alone: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            dist.barrier()
-            began = time.perf_counter()
-            pipeline = torch.tensor(step())
-            dist.barrier()
-            ended = time.perf_counter()
-            dist.all_reduce(pipeline, op=dist.ReduceOp.MAX)
-            if turn:
-                whole[name].append(ended - began)
-                alone[name].append(pipeline.item())
-    found: dict[str, Any] = {"whole": {n: statistics.median(v) for n, v in whole.items()},
-                             "alone": {n: statistics.median(v) for n, v in alone.items()}, "simulated": {}}
-    for name, engine in engines.items():
+    clock, engine = Clock(), None
+    if name in PEERS:
+        step = PEERS[name](seconds, clock)
+    else:
+        [candidate] = [c for c in candidates if str(c) == name]
+        step, engine = ours(candidate, seconds, clock)
+    found: dict[str, Any] = {"whole": [], "alone": []}
+    for turn in range(steps + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        pipeline = torch.tensor(step())
+        dist.barrier()
+        ended = time.perf_counter()
+        dist.all_reduce(pipeline, op=dist.ReduceOp.MAX)
+        if turn:  # the first does not count
+            found["whole"].append(ended - began)
+            found["alone"].append(pipeline.item())
+    if engine is not None:
         message = torch.tensor(engine._time_messages())
         dist.all_reduce(message, op=dist.ReduceOp.MAX)
         times = Times(seconds.forward, seconds.input_grad, seconds.weight_grad, seconds.pair, message.item())
-        found["simulated"][name] = simulate(engine.plan(), times).makespan
-        found["message"] = message.item()
+        found |= {"message": message.item(), "simulated": simulate(engine.plan(), times).makespan}
         engine.record_next_batch()
         dist.barrier()
-        steps[name]()
-        found.setdefault("timelines", {})[name] = engine.timeline.to_json()
+        step()
+        found["timeline"] = engine.timeline.to_json()
+    return found
+
+
+def hold(contest: str, rounds: int, steps: int) -> dict[str, Any]:
+    """All engines in turn, so many times, each in processes of its own: every process group of gloo has a thread that
+    wakes 100 times a second, and nineteen of them on eight ranks, as all engines at once have, take an eighth of two
+    cores."""
+    names = [*PEERS, *map(str, CONTESTS[contest][1])]
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            parts[name].append(run_ranks(measure, RANKS, contest, name, steps))
+
+    def middle(name: str, key: str) -> float:
+        return statistics.median(itertools.chain.from_iterable(part[key] for part in parts[name]))
+
+    found: dict[str, Any] = {key: {n: middle(n, key) for n in names} for key in ("whole", "alone")}
+    for key in ("simulated", "message"):
+        found[key] = {n: statistics.median(part[key] for part in parts[n]) for n in names if n not in PEERS}
+    found["timeline"] = {n: parts[n][-1]["timeline"] for n in names if n not in PEERS}
     return found
 
 
@@ -210,20 +231,21 @@ def rows(contest: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
                   ratio >= DUALPIPE_GOAL)
     for name, simulated in found["simulated"].items():
         value = found["alone"][name]
-        yield row(f"{name}, pipeline alone,", value, f"simulated, message {1000 * found['message']:.2f} ms", simulated,
-                  "1 / 1.05 or more", simulated / value >= 1 / 1.05)
+        yield row(f"{name}, pipeline alone,", value, f"simulated, message {1000 * found['message'][name]:.2f} ms",
+                  simulated, "1 / 1.05 or more", simulated / value >= 1 / 1.05)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each engine is started")
+    parser.add_argument("--steps", type=int, default=5, help="that count, each time")
     parser.add_argument("--contest", choices=CONTESTS, help="one of them only")
     parser.add_argument("--picture", type=Path, help="draw the best recorded step of the last contest here")
     args = parser.parse_args()
     table = []
     for contest in [args.contest] if args.contest else CONTESTS:
-        found = run_ranks(measure, RANKS, contest, args.rounds)
+        found = hold(contest, args.rounds, args.steps)
         for name, value in found["whole"].items():
             print(f"{contest}: {name}: {1000 * value:.0f} ms")
         table += rows(contest, found)
@@ -235,8 +257,8 @@ def main() -> None:
     if args.picture:
         from megatron_ext.pipeline import Timeline, draw
 
-        best = min(found["timelines"], key=lambda name: found["whole"][name])
-        draw(Timeline.from_json(found["timelines"][best]), args.picture, title=f"{best}, as it ran")
+        best = min(found["timeline"], key=lambda name: found["whole"][name])
+        draw(Timeline.from_json(found["timeline"][best]), args.picture, title=f"{best}, as it ran")
 
 
 if __name__ == "__main__":

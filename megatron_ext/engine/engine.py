@@ -90,10 +90,13 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
                               weights=self.weight_cache)
         for layer in model.children_with("set_precision"):
             layer.set_precision(precision)
-        if isinstance(self.optimizer, PipelineZeroOptimizer):
-            counts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(counts, len(self.optimizer.bit16_groups), group=groups.control)
-            self.optimizer.most_groups = max(counts)
+        zero = isinstance(self.optimizer, PipelineZeroOptimizer)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        mine = len(self.optimizer.bit16_groups) if zero else 0, bool(self.routers)
+        dist.all_gather_object(ranks, mine, group=groups.control)
+        self._balances = any(routers for _, routers in ranks)
+        if zero:
+            self.optimizer.most_groups = max(count for count, _ in ranks)
         self.executor = Executor(
             model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,

@@ -37,6 +37,8 @@ class ReportMixin:
 
     def _worst_violation(self) -> float:
         """MaxVio of the model's worst layer in the last step, on every rank; -1 without experts. Collective."""
+        if not self._balances:
+            return -1.0
         worst = torch.full((), -1.0, device=self.device)
         for counts in self.expert_counts.values():
             total = counts.sum().clamp(min=1)

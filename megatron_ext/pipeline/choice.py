@@ -21,16 +21,19 @@ from megatron_ext.pipeline.simulator import Times, simulate
 PLACEMENTS = {"bidirectional": places.bidirectional, "ring": places.ring, "wave": places.wave}
 """What `pipeline.placement` may say beside "auto"."""
 
-_SAFE = ("dualpipe", "dualpipev", "interleaved_paired", "interleaved", "1f1b", "dualpipe_interleaved", "wave")
-"""What to measure with: the first of these that has the placement and fits. Those with pairs come first, for how long a
-pair takes can only be seen in one."""
+_SAFE = ("dualpipe", "dualpipev", "interleaved_paired", "dualpipe_interleaved", "wave")
+"""What to measure with: the first of these that has the placement and fits. All have pairs, for how long a pair takes can
+only be seen in one."""
 
 _OTHERS = (("zb_h1", 1), ("zbv", 1), ("wave", 2), ("wave", 4), ("dualpipe_zb", 1), ("dualpipe_interleaved", 2),
            ("dualpipe_interleaved", 4))
 """What may be better in another placement; with more than 4 chunks the cost of each, not modelled, would show."""
 
+ALIKE = 0.01
+"""Schedules this close to the shortest count as equally long, for measured times are no better; memory decides."""
+
 WORTH = 0.02
-"""A schedule of another placement is named from this gain on: measured times are no better than that."""
+"""A schedule of another placement is named from this gain on."""
 
 
 @contextmanager
@@ -85,15 +88,21 @@ class Choice:
     @property
     def why(self) -> str:
         """One sentence."""
-        built = sorted(c.makespan for c in self.candidates if c.built and c.makespan is not None)
-        said = f"{self.name} has the shortest step of the {len(built)} schedules that this placement allows"
-        if len(built) > 1 and built[0]:
-            said += f", {built[1] / built[0] - 1:.1%} before the next"
+        built = {c.name: c.makespan for c in self.candidates if c.built and c.makespan is not None}
+        if not built:
+            return f"{self.name}, as the checkpoint has it"
+        mine, shortest = built[self.name], min(built.values())
+        said = f"{self.name} has the shortest step of the {len(built)} schedules that fit this placement"
+        if mine > shortest:
+            said = (f"{self.name} holds least of the schedules within {ALIKE:.0%} of the shortest step that fit this "
+                    "placement")
+        others = sorted(length for name, length in built.items() if name != self.name)
+        if others and mine > 0 and others[0] > mine:
+            said += f", {others[0] / mine - 1:.1%} before the next"
         if self.elsewhere is not None and self.elsewhere.makespan is not None:
             chunks = f" and chunks {self.elsewhere.chunks}" if self.elsewhere.chunks > 1 else ""
-            gain = 1 - self.elsewhere.makespan / built[0] if built[0] else 0.0
-            said += (f"; for the next start, schedule {self.elsewhere.name!r}{chunks} would be {gain:.1%} shorter "
-                     f"({self.elsewhere.weights}x weights)")
+            said += (f"; for the next start, schedule {self.elsewhere.name!r}{chunks} would be "
+                     f"{1 - self.elsewhere.makespan / mine:.1%} shorter ({self.elsewhere.weights}x weights)")
         return said
 
 
@@ -117,7 +126,7 @@ def start(stages: int, micro_batches: int, placement: Placement, chunks: int, me
 
 def choose(times: Times, stages: int, micro_batches: int, placement: Placement, chunks: int,
            memory_limit: float | None = None, layers: int | None = None) -> Choice:
-    """The schedule with the shortest simulated step; among equals the one that holds least, then the older one.
+    """The schedule with the shortest simulated step; of those within ALIKE of it, the one that holds least.
 
     Args:
         times: measured, of a rank's whole share of the model.
@@ -138,7 +147,7 @@ def choose(times: Times, stages: int, micro_batches: int, placement: Placement, 
         except ConfigError:
             continue
         found.append(_candidate(name, chunks, True, times, stages, micro_batches, memory_limit))
-    best = min((c for c in found if c.makespan is not None), key=_rank, default=None)
+    best = _best(found)
     if best is None or best.makespan is None:
         raise ConfigError("megatron_ext.pipeline.memory_limit", memory_limit,
                           "no schedule of this placement fits: " + "; ".join(f"{c.name}: {c.reason}" for c in found))
@@ -149,7 +158,7 @@ def choose(times: Times, stages: int, micro_batches: int, placement: Placement, 
             continue
         if other != placement and (layers is None or len(other[0]) <= layers):
             found.append(_candidate(name, count, False, times, stages, micro_batches, memory_limit))
-    elsewhere = min((c for c in found if not c.built and c.makespan is not None), key=_rank, default=None)
+    elsewhere = _best([c for c in found if not c.built])
     if elsewhere is not None and elsewhere.makespan is not None and elsewhere.makespan > (1 - WORTH) * best.makespan:
         elsewhere = None
     return Choice(best.name, times, tuple(found), elsewhere)
@@ -174,6 +183,7 @@ def _candidate(name: str, chunks: int, built: bool, times: Times, stages: int, m
     return Candidate(name, chunks, built, result.makespan, peak, "", weights)
 
 
-def _rank(candidate: Candidate) -> tuple[float, float]:
-    assert candidate.makespan is not None and candidate.peak is not None
-    return float(f"{candidate.makespan:.9g}"), candidate.peak
+def _best(candidates: list[Candidate]) -> Candidate | None:
+    lengths = [c.makespan for c in candidates if c.makespan is not None]
+    alike = [c for c in candidates if c.makespan is not None and c.makespan <= (1 + ALIKE) * min(lengths)]
+    return min(alike, key=lambda c: c.peak or 0.0, default=None)

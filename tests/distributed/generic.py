@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -221,10 +221,11 @@ class Job:
     schedule: str = "dualpipe"
     chunks: int = 1
     replicas: int = 1
+    section: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def directions(self) -> int:
-        return len(placement_of(self.schedule, self.stages, self.chunks))
+        return 2 if self.schedule == "auto" else len(placement_of(self.schedule, self.stages, self.chunks))
 
 
 OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
@@ -234,7 +235,8 @@ def build(job: Job) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": job.micro_batches // job.directions,
         "gradient_clipping": job.clip, "steps_per_print": 10**6, "zero_optimization": {"stage": job.zero},
-        "optimizer": {"type": "AdamW", "params": copy.deepcopy(OPTIMIZER)}}
+        "optimizer": {"type": "AdamW", "params": copy.deepcopy(OPTIMIZER)},
+        "megatron_ext": {"pipeline": copy.deepcopy(job.section)}}
     model = megatron_ext.PipelineModule(
         job.model(), num_stages=job.stages, loss_fn=job.loss_fn, base_seed=SEED, partition_method="uniform",
         activation_checkpoint_interval=job.interval, activation_checkpoint_func=job.checkpoint,
