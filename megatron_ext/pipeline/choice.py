@@ -22,8 +22,8 @@ PLACEMENTS = {"bidirectional": places.bidirectional, "ring": places.ring, "wave"
 """What `pipeline.placement` may say beside "auto"."""
 
 _SAFE = ("dualpipe", "dualpipev", "interleaved_paired", "dualpipe_interleaved", "wave")
-"""What to measure with: the first of these that has the placement and fits. All have pairs, for how long a pair takes can
-only be seen in one."""
+"""What to measure with: the first of these that has the placement and fits. All have pairs, for only in one can be seen
+how long it takes."""
 
 _OTHERS = (("zb_h1", 1), ("zbv", 1), ("wave", 2), ("wave", 4), ("dualpipe_zb", 1), ("dualpipe_interleaved", 2),
            ("dualpipe_interleaved", 4))

@@ -65,15 +65,15 @@ def test_what_a_choice_starts_on_is_safe_and_shows_pairs():
                                       ("ring", 2, None, "interleaved_paired"), ("wave", 2, None, "dualpipev"),
                                       ("wave", 4, None, "wave")):
         assert start(P, M, PLACEMENTS[kind](P, chunks), chunks, limit) == name
-    with pytest.raises(ConfigError, match="memory_limit = 0.2"):
+    with pytest.raises(ConfigError, match=r"memory_limit = 0\.2"):
         start(P, M, PLACEMENTS["ring"](P), 1, 0.2)
-    with pytest.raises(ConfigError, match="no schedule of this placement fits: .*gpipe"):
+    with pytest.raises(ConfigError, match=r"no schedule of this placement fits: .*gpipe"):
         choose(NO_GAIN, P, M, PLACEMENTS["ring"](P), 1, 0.2)
 
 
 def test_errors_speak_of_the_config():
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps = 3: makes 6 micro-batches in 2 directions, and "
-                                          "chimera .* multiple of 4; try 4 or 8 micro-batches"), in_the_config(2):
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps = 3: makes 6 micro-batches in 2 directions, "
+                                          r"and chimera .* multiple of 4; try 4 or 8 micro-batches"), in_the_config(2):
         schedule("chimera", 4, 6)
     with pytest.raises(ConfigError, match=r"^megatron_ext.pipeline.memory_limit = 1"), in_the_config():
         schedule("1f1b", 4, 6, memory_limit=1)
