@@ -1,7 +1,7 @@
 """One training step under DeepSpeed's 1F1B and DualPipeV, torch's ZBV, and schedules of ours, side by side.
 
 Eight ranks over gloo on this machine; a rank's whole share of the model takes TIMES for forward, input gradient and
-weight gradient by sleeping (emulation.py), so that sharing cores does not matter. Two contests: pairs that gain
+weight gradient by sleeping (emulation/), so that sharing cores does not matter. Two contests: pairs that gain
 nothing, and pairs of 0.8 of their parts, which only an engine that runs forward and backward together can use. All
 engines do the same work with the same number of micro-batches and take turns; figures are medians of whole
 `train_batch` calls, optimizer step included, and for ours also of the pipeline alone, against the makespan simulated

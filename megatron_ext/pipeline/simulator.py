@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from math import inf
 
 from megatron_ext.config.errors import UserError
-from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer, neighbours
+from megatron_ext.pipeline.instructions import (
+    Compute,
+    Message,
+    Pair,
+    Plan,
+    ScheduleError,
+    Transfer,
+    neighbours,
+    without_cycles,
+)
 from megatron_ext.pipeline.timeline import Span, Timeline
 
 
@@ -121,6 +130,7 @@ class Result:
     timeline: Timeline
 
 
+@without_cycles
 def simulate(plan: Plan, times: Times | None = None) -> Result:
     """Runs one step of a plan that `verify` accepts.
 

@@ -14,7 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, ScheduleError, Transfer, neighbours
+from megatron_ext.pipeline.instructions import (
+    Compute,
+    Message,
+    Pair,
+    Plan,
+    ScheduleError,
+    Transfer,
+    neighbours,
+    without_cycles,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Verified:
     weight_grads: list[int]
 
 
+@without_cycles
 def verify(plan: Plan) -> Verified:
     """Checks a plan; cheap enough to run before every start.
 

@@ -143,7 +143,7 @@ def test_arguments_that_contradict_each_other(pool2: WorkerPool) -> None:
               "megatron_ext.pipeline.stages = 2: PipelineModule was given 4; the placement is fixed",
               "megatron_ext.pipeline.schedule = 'dualpipe': PipelineModule was given 'gpipe'",
               "megatron_ext.pipeline.stages = None: the number of pipeline ranks is not given",
-              "partition_method = 'best': must be", "pipeline.schedule = '1f1c': no such schedule"]
+              "partition_method = 'best': must be", "megatron_ext.pipeline.schedule = '1f1c': no such schedule"]
     for found in pool2.run(refusals):
         assert all(message.startswith(start) for message, start in zip(found, starts, strict=True)), found
         assert "has 4 ranks, this job 2" in found[1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.parallel.placement import Placement, ring, wave
 from megatron_ext.parallel.placement import bidirectional as both_ways
-from megatron_ext.pipeline.instructions import Plan
+from megatron_ext.pipeline.instructions import Plan, without_cycles
 from megatron_ext.pipeline.schedules.chimera import chimera
 from megatron_ext.pipeline.schedules.dualpipe import dualpipe, dualpipev
 from megatron_ext.pipeline.schedules.dualpipe_zb import dualpipe_zb
@@ -118,6 +118,7 @@ _FAMILIES: dict[str, _Family] = {
 NAMES = tuple(_FAMILIES)
 
 
+@without_cycles
 def schedule(
     name: str,
     stages: int,
