@@ -22,151 +22,17 @@ tests put several ranks on one GPU.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ext.config.errors import UserError
-
-HEADER_LENGTH = 256  # int64 words: 2 KB, enough for tuples of 30 tensors with 5 dimensions
-_HEADER_BYTES, _ALIGNMENT = 8 * HEADER_LENGTH, 64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
-           torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
-_AS_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)  # gloo does not know them
-_KINDS = ("F", "B", "L")
-
-
-class MessageError(UserError):
-    """A message between stages is not the one that the schedule expects, or cannot be sent."""
-
-
-class Key(NamedTuple):
-    """Which message: kind ("F", "B" or "L"), direction, the stage that made it, and the micro-batch."""
-
-    kind: str
-    direction: int
-    stage: int
-    micro_batch: int
-
-    def __str__(self) -> str:
-        what = {"F": "activation", "B": "gradient", "L": "labels"}[self.kind]
-        return f"{what} of direction {self.direction}, stage {self.stage}, micro-batch {self.micro_batch}"
-
-
-class TensorSpec(NamedTuple):
-    """Shape, dtype and whether the receiver should send a gradient back."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a payload is made of: a single tensor, or a tuple."""
-
-    tensors: tuple[TensorSpec, ...]
-    is_tuple: bool
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor], is_tuple: bool) -> Spec:
-        return Spec(tuple(TensorSpec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors), is_tuple)
-
-    @property
-    def bytes(self) -> int:
-        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors)
-
-    @cached_property
-    def _offsets(self) -> list[int]:
-        """Where each tensor begins in a frame, and where the last one ends."""
-        sizes = (-(-math.prod(t.shape) * t.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for t in self.tensors)
-        return list(accumulate(sizes, initial=0))
-
-    @property
-    def frame_bytes(self) -> int:
-        """Room that the payload takes in a frame."""
-        return self._offsets[-1]
-
-    def places(self, frame: Tensor, start: int) -> list[Tensor]:
-        """The tensors of a payload inside a frame of bytes, from `start` on.
-
-        Not views of it: those would count each other's in-place changes.
-        """
-        storage = frame.untyped_storage()
-        return [torch.empty(0, dtype=t.dtype).set_(storage, (start + offset) // t.dtype.itemsize, t.shape)
-                for t, offset in zip(self.tensors, self._offsets, strict=False)]
-
-    def fits(self, other: Spec) -> bool:
-        """Whether buffers for `other` can take this payload."""
-        return [t[:2] for t in self.tensors] == [t[:2] for t in other.tensors]
-
-
-def check_sendable(key: Key, value: object) -> tuple[Tensor, ...]:
-    """What a stage passes on, as a tuple of tensors.
-
-    Raises:
-        MessageError: it is not a tensor or a tuple of tensors.
-    """
-    tensors = value if isinstance(value, tuple) else (value,)
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise MessageError(f"{key}: element {i} is a {type(tensor).__name__}; a stage passes on a tensor or a "
-                               "tuple of tensors")
-    return tensors
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What goes before a payload.
-
-    Attributes:
-        padded: the layout is not that of the message before, and padding of that layout comes first.
-        received: how many messages the sender has had from the reader, per channel name.
-    """
-
-    key: Key
-    spec: Spec
-    padded: bool
-    received: tuple[int, ...]
-
-    def write(self) -> Tensor:
-        """[HEADER_LENGTH] int64."""
-        kind, *numbers = self.key
-        words = [_KINDS.index(kind), *numbers, int(self.padded), int(self.spec.is_tuple), len(self.spec.tensors),
-                 len(self.received), *self.received]
-        for t in self.spec.tensors:
-            if t.dtype not in _DTYPES:
-                raise MessageError(f"{self.key}: tensors of dtype {t.dtype} cannot travel between stages")
-            words += [_DTYPES.index(t.dtype), int(t.requires_grad), len(t.shape), *t.shape]
-        if len(words) > HEADER_LENGTH:
-            raise MessageError(f"{self.key}: {len(self.spec.tensors)} tensors are too many for one message between "
-                               f"stages ({len(words)} header words, at most {HEADER_LENGTH})")
-        return torch.tensor(words + [0] * (HEADER_LENGTH - len(words)), dtype=torch.int64)
-
-    @staticmethod
-    def read(header: Tensor) -> _Header:
-        words = iter(header.tolist())
-
-        def take(count: int) -> list[int]:
-            return [next(words) for _ in range(count)]
-
-        kind, direction, stage, micro_batch, padded, is_tuple, count, channels = take(8)
-        received = tuple(take(channels))
-        tensors = []
-        for _ in range(count):
-            dtype, requires_grad, dims = take(3)
-            tensors.append(TensorSpec(tuple(take(dims)), _DTYPES[dtype], bool(requires_grad)))
-        return _Header(Key(_KINDS[kind], direction, stage, micro_batch), Spec(tuple(tensors), bool(is_tuple)),
-                       bool(padded), received)
+from megatron_ext.comm.messages import AS_BYTES, HEADER_BYTES, Header, Key, MessageError, Spec, check_sendable
 
 
 @dataclass(frozen=True)
@@ -197,7 +63,7 @@ class _Outbox:
     def send(self, key: Key, tensors: Sequence[Tensor], is_tuple: bool, received: tuple[int, ...]) -> None:
         spec = Spec.of(tensors, is_tuple)
         padded = self.previous is not None and not spec.fits(self.previous)
-        header = _Header(key, spec, padded, received).write()
+        header = Header(key, spec, padded, received).write()
         parts = self._frames(header, tensors, spec) if self.line.framed else self._apart(header, tensors, padded)
         works = [dist.isend(part, self.line.peer, group=group, tag=tag) for part, group, tag in parts]
         self.under_way.append((works, [part for part, _, _ in parts]))
@@ -208,9 +74,9 @@ class _Outbox:
         """A frame with room for the previous layout, and a second one with the payload if that has another."""
         line, before = self.line, self.previous
         room = before.frame_bytes if before is not None else 0
-        frames = [torch.empty(_HEADER_BYTES + room, dtype=torch.uint8)]
-        frames[0][:_HEADER_BYTES].view(torch.int64).copy_(header)
-        start = _HEADER_BYTES
+        frames = [torch.empty(HEADER_BYTES + room, dtype=torch.uint8)]
+        frames[0][:HEADER_BYTES].view(torch.int64).copy_(header)
+        start = HEADER_BYTES
         if before is None or not spec.fits(before):
             frames.append(torch.empty(spec.frame_bytes, dtype=torch.uint8))
             start = 0
@@ -227,7 +93,7 @@ class _Outbox:
         for tensor in (*padding, *tensors):
             if tensor.numel():
                 flat = tensor.detach().contiguous().to(line.device)
-                parts.append((flat.view(torch.uint8) if flat.dtype in _AS_BYTES else flat, line.payload, line.tag + 1))
+                parts.append((flat.view(torch.uint8) if flat.dtype in AS_BYTES else flat, line.payload, line.tag + 1))
         return parts
 
     def acknowledge(self, count: int) -> None:
@@ -270,24 +136,24 @@ class _Inbox:
         if self.expected and self.header is None:
             line, before = self.line, self.previous
             room = before.frame_bytes if before is not None and line.framed else 0
-            header = torch.empty(_HEADER_BYTES + room, dtype=torch.uint8)
+            header = torch.empty(HEADER_BYTES + room, dtype=torch.uint8)
             words = header if line.framed else header.view(torch.int64)
             self.header = header, dist.irecv(words, line.peer, group=line.control, tag=line.tag)
             self.posted = None if before is None or line.framed else self._post_payload(before)
 
     def _post_payload(self, spec: Spec) -> tuple[list[Tensor], list[dist.Work]]:
-        buffers = [torch.empty(t.shape, dtype=torch.uint8 if t.dtype in _AS_BYTES else t.dtype, device=self.line.device)
+        buffers = [torch.empty(t.shape, dtype=torch.uint8 if t.dtype in AS_BYTES else t.dtype, device=self.line.device)
                    for t in spec.tensors]
         works = [dist.irecv(buffer, self.line.peer, group=self.line.payload, tag=self.line.tag + 1)
                  for buffer in buffers if buffer.numel()]
         return buffers, works
 
-    def land(self) -> _Header:
+    def land(self) -> Header:
         """Waits for the next expected message and puts it in `early`; posts the one after."""
         self.post()
         assert self.header is not None
         self.header[1].wait()
-        header = _Header.read(self.header[0][:_HEADER_BYTES].view(torch.int64))
+        header = Header.read(self.header[0][:HEADER_BYTES].view(torch.int64))
         if header.key != self.expected[0]:
             raise MessageError(f"rank {self.line.peer} sent the {header.key} where this rank waits for the "
                                f"{self.expected[0]}: the two ranks run different schedules")
@@ -298,15 +164,15 @@ class _Inbox:
         self.post()
         return header
 
-    def _framed(self, header: _Header, frame: Tensor) -> list[Tensor]:
-        line, spec, start = self.line, header.spec, _HEADER_BYTES
+    def _framed(self, header: Header, frame: Tensor) -> list[Tensor]:
+        line, spec, start = self.line, header.spec, HEADER_BYTES
         if header.padded or self.previous is None:
             frame, start = torch.empty(spec.frame_bytes, dtype=torch.uint8), 0
             if frame.numel():
                 dist.irecv(frame, line.peer, group=line.control, tag=line.tag + 1).wait()
         return [place.to(line.device) for place in spec.places(frame, start)]
 
-    def _came_apart(self, header: _Header) -> list[Tensor]:
+    def _came_apart(self, header: Header) -> list[Tensor]:
         buffers, works = self.posted or self._post_payload(header.spec)
         for work in works:
             work.wait()

@@ -21,7 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_ext.comm.point_to_point import Key
+from megatron_ext.comm.messages import Key
 from megatron_ext.pipeline import choice
 from megatron_ext.pipeline.choice import Choice
 from megatron_ext.pipeline.instructions import Plan

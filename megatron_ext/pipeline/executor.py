@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_ext.comm.point_to_point import Key, MessageError, Messenger, Spec, check_sendable
+from megatron_ext.comm.messages import Key, MessageError, Spec, check_sendable
+from megatron_ext.comm.point_to_point import Messenger
 from megatron_ext.config.errors import UserError
 from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, Transfer
 from megatron_ext.pipeline.module import PipelineModule, Value

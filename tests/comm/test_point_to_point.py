@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.comm.point_to_point import HEADER_LENGTH, Key, MessageError, Messenger, Spec
+from megatron_ext.comm.messages import HEADER_LENGTH, Key, MessageError, Spec
+from megatron_ext.comm.point_to_point import Messenger
 from tests.distributed.pool import WorkerPool
 
 CHANNELS = ("F0", "F1", "B0", "B1", "L0", "L1")

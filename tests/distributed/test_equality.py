@@ -84,11 +84,12 @@ def test_whole_table(case: Case, pools: dict[int, WorkerPool]) -> None:
     check(case, pools)
 
 
-def test_a_wrong_micro_batch_weight_would_be_seen() -> None:
-    """The comparison can fail: another clipping is another training."""
+def test_the_comparison_can_fail() -> None:
+    """Another clipping, or one micro-batch more, is another training."""
     case = Case(steps=3)
-    with pytest.raises(AssertionError):
-        equality.compare(expected(replace(case, clip=0.2)), expected(case))
+    for other in (replace(case, clip=0.2), replace(case, micro_batches=6)):
+        with pytest.raises(AssertionError):
+            equality.compare(expected(other), expected(case))
 
 
 def bias(case: Case) -> dict[str, Any]:
