@@ -121,6 +121,10 @@ def main() -> None:
                       "holds": ratio <= BEST})
         print(f"{table[-1]['name']}: {ratio:.3f} of {table[-1]['peer']}" + ("" if ratio <= BEST else "  MISSED"))
         print(f"    {found['why']}")
+    for placement, chunks in dict.fromkeys((placement, chunks) for _, placement, chunks in CASES):
+        picks = {regime.name: row["name"].split()[2].rstrip(":")
+                 for row, (regime, *place) in zip(table, CASES, strict=True) if place == [placement, chunks]}
+        print(f"{placement} with {chunks} chunk(s): " + ", ".join(f"{r} {p}" for r, p in picks.items()))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -255,9 +255,9 @@ class Messenger:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest message that this rank has sent or received."""
-        ends = [*self._outboxes.values(), *self._inboxes.values()]
-        return max((e.previous.bytes for e in ends if e.previous is not None), default=1)
+        """Bytes of the largest activation or gradient among the last of each channel."""
+        ends = [*self._outboxes.items(), *self._inboxes.items()]
+        return max((e.previous.bytes for (name, _), e in ends if e.previous is not None and name[0] != "L"), default=1)
 
     @property
     def under_way(self) -> int:

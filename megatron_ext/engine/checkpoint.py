@@ -27,6 +27,7 @@ from megatron_ext.engine.gradients import is_expert
 from megatron_ext.engine.private import relink_optimizer_state
 from megatron_ext.optimizer import AdamW
 from megatron_ext.parallel import agreed
+from megatron_ext.parallel.placement import bidirectional
 
 log = logging.getLogger("megatron_ext")
 
@@ -199,7 +200,7 @@ class CheckpointMixin:
             self._load_unoptimized(Path(path).parent)
         elif not load_module_only:
             self._restore_rank_state(state)
-            self._restore_choice(state["schedule"])
+            self._restore_choice(state.get("schedule"))
             if load_lr_scheduler_states and self.lr_scheduler is not None:
                 # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
                 for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):
@@ -226,15 +227,18 @@ class CheckpointMixin:
         return tag
 
     def _check_placement(self, folder: Path, manifest: dict[str, Any], with_optimizer: bool) -> None:
-        saved, ours = manifest["placement"], self._placement()
+        saved, ours, grid = manifest["placement"], self._placement(), self.process_groups.topology
+        saved.setdefault("ranks", bidirectional(saved["stages"]))  # all there was before it was written down
         for key, setting in _PLACEMENT.items():
             if saved[key] != ours[key]:
                 raise CheckpointError(folder, f"was saved with {key} = {saved[key]}", f"this job has {ours[key]}",
                                       f"change {setting} to resume")
         if saved["ranks"] != ours["ranks"]:
-            raise CheckpointError(folder, f"was saved under the schedule {manifest['schedule']!r}",
-                                  f"{self.module.schedule!r} places the stages on other ranks",
-                                  "resume under a schedule of the same placement")
+            then, now = (f"{len(ranks[0])} stages in {len(ranks)} direction{'s' * (len(ranks) > 1)}, the first ones on "
+                         f"ranks {ranks[0][:grid.stages + 1]}" for ranks in (saved["ranks"], ours["ranks"]))
+            raise CheckpointError(folder, f"was saved with {then} (schedule {manifest['schedule']!r})",
+                                  f"this job has {now} (schedule {self.module.schedule!r})",
+                                  "resume under a schedule of the same placement, with the same chunks")
         if saved["bounds"] != ours["bounds"]:
             raise CheckpointError(folder, f"its stages begin at layers {saved['bounds']}",
                                   f"this model's at {ours['bounds']}", "the model or its partition_method is another")

@@ -240,7 +240,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
         with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
               gradients.none_left_by_an_error(self.weights.parameters)):
             with self._timed("pipeline"):
-                recorded = self._record or self._measuring() or self._wants_trace()
+                recorded = self._record or self._measuring() or self._wants_trace()  # from the first: it warms that up
                 outcome = self.executor.run(plan, batches, self.global_steps, record=recorded)
             self._sum_tied()
             if zero:
@@ -251,7 +251,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
         self.tput_timer.stop(global_step=True)
         if self._record:
             self._gather_timeline(plan, outcome.spans)
-        self._after_step(plan, outcome.spans)
+        self._after_step(plan, outcome)
         if not self._split_told:
             self._tell_split()
         return loss

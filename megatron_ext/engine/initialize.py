@@ -25,6 +25,7 @@ from megatron_ext.engine.gradients import is_expert
 from megatron_ext.optimizer import AdamW
 from megatron_ext.parallel import PipelineUnit, agreed
 from megatron_ext.parallel.extensions import announce_build, check_stale_locks
+from megatron_ext.pipeline.choice import PLACEMENTS
 from megatron_ext.pipeline.module import PipelineModule
 
 
@@ -148,7 +149,11 @@ def _compare_settings(settings: dict[str, Any], control: Any) -> None:
 
 
 def _check_placement(section: MegatronExtConfig, model: PipelineModule) -> None:
-    asked_schedule = section.pipeline.given("schedule")
+    asked_schedule, kind = section.pipeline.given("schedule"), section.pipeline.placement
+    if kind is not None and PLACEMENTS[kind](model.num_stages, model.chunks) != model.placement:
+        raise ConfigError("megatron_ext.pipeline.placement", kind,
+                          f"the PipelineModule was built for the schedule {model.schedule!r} and is placed otherwise",
+                          "change one of the two, or give PipelineModule the same config=")
     for key, built, asked in (
             ("pipeline.stages", model.num_stages, section.pipeline.stages),
             ("pipeline.schedule", model.schedule, None if asked_schedule == "auto" else asked_schedule),

@@ -22,13 +22,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.comm.messages import Key
+from megatron_ext.config import ConfigError
+from megatron_ext.parallel import agreed
 from megatron_ext.pipeline import choice
 from megatron_ext.pipeline.choice import Choice
+from megatron_ext.pipeline.executor import Outcome
 from megatron_ext.pipeline.instructions import Plan
-from megatron_ext.pipeline.measured import Durations, add_durations, measured_times
+from megatron_ext.pipeline.measured import Durations, add_durations, add_weight_grads, measured_times
 from megatron_ext.pipeline.schedules import schedule
 from megatron_ext.pipeline.simulator import Times
-from megatron_ext.pipeline.timeline import Span
 from megatron_ext.pipeline.trace import write_rank_trace
 from megatron_ext.pipeline.verifier import verify
 
@@ -48,18 +50,12 @@ class ScheduleMixin:
         self._durations: Durations = defaultdict(list)
         self._steps_run = 0
         self._clock_offset = time.time() - time.perf_counter()  # hosts agree on the time of day, if on anything
-        # Whatever cannot be made is refused now, not in the first step.
-        self.plan()
+        self.plan()  # what cannot be made is refused now, not in the first step
 
     @property
     def schedule(self) -> str:
         """The name of the schedule that runs now."""
-        if not self._auto:
-            return self.module.schedule
-        if self._choice is not None:
-            return self._choice.name
-        return choice.start(self.module.num_stages, self._total(), self.module.placement, self.module.chunks,
-                            self.section.pipeline.memory_limit)
+        return self.plan().name
 
     def _total(self, micro_batches: int | None = None) -> int:
         """m: micro-batches of a pipeline, of all its directions together."""
@@ -73,56 +69,77 @@ class ScheduleMixin:
         """
         key = ("training", self._total(micro_batches))
         if key not in self._plans:
-            times = self._choice.times if self._choice is not None else None
             with choice.in_the_config(self.process_groups.topology.directions):
-                plan = schedule(self.schedule, self.module.num_stages, key[1], times, self.module.chunks,
-                                self.section.pipeline.memory_limit)
+                plan = self._make_plan(key[1])
             verify(plan)
             self._plans[key] = plan
         return self._plans[key]
 
+    def _make_plan(self, total: int) -> Plan:
+        module, limit = self.module, self.section.pipeline.memory_limit
+        if not self._auto:
+            return schedule(module.schedule, module.num_stages, total, None, module.chunks, limit)
+        if self._choice is None:
+            return choice.start(module.num_stages, total, module.placement, module.chunks, limit)
+        times = self._choice.times
+        try:
+            return schedule(self._choice.name, module.num_stages, total, times, module.chunks, limit)
+        except ConfigError as error:  # other sizes than it was chosen for
+            other = choice.choose(times, module.num_stages, total, module.placement, module.chunks, limit).name
+            deepspeed.utils.log_dist(f"schedule: {self._choice.name} no longer fits ({error}); now {other}", ranks=[0])
+            return schedule(other, module.num_stages, total, times, module.chunks, limit)
+
     # -- measuring
 
     def _measuring(self) -> bool:
-        return self._auto and self._choice is None and self._steps_run > 0
+        """Whether a choice is still to be made."""
+        return self._auto and self._choice is None
 
     def _wants_trace(self) -> bool:
         every = self.steps_per_print()
         return self.section.pipeline.trace is not None and (
             self.global_steps < TRACED or (bool(every) and (self.global_steps + 1) % every == 0))
 
-    def _after_step(self, plan: Plan, spans: list[Span]) -> None:
+    def _after_step(self, plan: Plan, outcome: Outcome) -> None:
         """Keeps what a recorded step has shown; chooses when there is enough of it."""
         self._steps_run += 1
-        if spans and self.section.pipeline.trace is not None:
+        if outcome.spans and self._measuring() and self._steps_run > 1:  # the first one warms up
+            add_durations(self._durations, outcome.spans)
+            add_weight_grads(self._durations, outcome.weight_grads)
+        if self._measuring() and self._steps_run > MEASURED:
+            self._choose()
+        if outcome.spans and self.section.pipeline.trace is not None:
             grid, folder = self.process_groups.topology, Path(self.section.pipeline.trace)
             if grid.replicas > 1:
                 folder /= f"replica_{grid.replica(self.process_groups.rank)}"
-            write_rank_trace(folder, self.global_steps, self.module.stage_rank, spans, plan, self._clock_offset)
-        if not (spans and self._auto and self._choice is None):
-            return
-        add_durations(self._durations, spans)
-        if self._steps_run > MEASURED:
-            self._choose()
+            write_rank_trace(folder, self.global_steps, self.module.stage_rank, outcome.spans, plan,
+                             self._clock_offset)
 
     def _choose(self) -> None:
         """Rank 0 puts together what all have measured, and chooses; collective."""
-        control, rank = self.process_groups.control, self.process_groups.rank
+        deepspeed.utils.log_dist("schedule: choosing by what was measured", ranks=[0])
+        control, grid, module = self.process_groups.control, self.process_groups.topology, self.module
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (dict(self._durations), self._time_messages()), group=control)
+        paired = any(module.paired_step(stage) is not None for stage in module.stages)
+        dist.all_gather_object(found, (dict(self._durations), self._time_messages(), paired), group=control)
         chosen: list[Any] = [None]
-        if rank == 0:
-            grid = self.process_groups.topology
-            seen: Durations = defaultdict(list)
-            for durations, _ in found:
-                for key, values in durations.items():
-                    seen[key].extend(values)
-            times = measured_times(seen, grid.total_stages, self.module.chunks, max(ping for _, ping in found))
-            chosen = [choice.choose(times, grid.stages, self._total(), self.module.placement, self.module.chunks,
-                                    self.section.pipeline.memory_limit, self.module.bounds[-1])]
+        with agreed(control), choice.in_the_config(grid.directions):
+            if self.process_groups.rank == 0:
+                seen: Durations = defaultdict(list)
+                for durations, _, _ in found:
+                    for key, values in durations.items():
+                        seen[key].extend(values)
+                message = statistics.median([ping for _, ping, _ in found if ping is not None] or [0.0])
+                times = measured_times(seen, grid.total_stages, module.chunks, message,
+                                       paired=any(pairs for _, _, pairs in found))
+                best = choice.choose(times, grid.stages, self._total(), module.placement, module.chunks,
+                                     self.section.pipeline.memory_limit, module.bounds[-1])
+                self._follow(best)
+                chosen = [(best, self.plan())]  # with the plan: to search for an order once more takes seconds
         dist.broadcast_object_list(chosen, src=0, group=control)
-        self._follow(chosen[0])
-        deepspeed.utils.log_dist(f"schedule: {self._choice.why}\n{table(self._choice)}", ranks=[0])
+        self._follow(chosen[0][0])
+        self._plans["training", self._total()] = chosen[0][1]
+        deepspeed.utils.log_dist(f"schedule: {chosen[0][0].why}\n{table(chosen[0][0])}", ranks=[0])
 
     def _follow(self, chosen: Choice) -> None:
         """Runs this schedule from the next step on."""
@@ -138,23 +155,24 @@ class ScheduleMixin:
         """Runs what the checkpoint's job had chosen; a job that names its schedule is not overruled."""
         if state is not None and self._auto:
             self._follow(Choice(state["name"], Times(**state["times"]), (), None))
+            self.plan()  # now, for sizes may have changed since
 
-    def _time_messages(self) -> float:
-        """Seconds that an activation takes to the next rank, with header and all; on ranks without a neighbour 0."""
+    def _time_messages(self) -> float | None:
+        """Seconds that an activation takes to the next rank, with header and all; None on ranks without a neighbour."""
         grid, messenger = self.process_groups.topology, self.executor.messenger
         place, me = grid.placement[0], self.module.stage_rank
-        if grid.stages < 2:
-            return 0.0
         stage = place.index(me)
         first = stage - stage % 2  # ranks talk in twos, so that nobody waits for a third
         if first + 1 >= grid.stages:
-            return 0.0
+            return None
         there, back = Key("F", 0, first, 0), Key("B", 0, first + 1, 0)
         peer = grid.rank_of(place[first + 1 if stage == first else first], grid.replica(self.process_groups.rank))
+        synchronize = self.executor.synchronize
         payload = torch.empty(messenger.largest, dtype=torch.uint8, device=self.device)
         samples = []
         for _ in range(PINGS):
             messenger.expect([(back if stage == first else there, peer)])
+            synchronize()
             began = time.perf_counter()
             if stage == first:
                 messenger.send(there, peer, payload)
@@ -162,6 +180,7 @@ class ScheduleMixin:
             else:
                 messenger.receive(there, peer)
                 messenger.send(back, peer, payload)
+            synchronize()  # what NCCL has received is only ordered on the device's stream so far
             samples.append((time.perf_counter() - began) / 2)
         messenger.finish()
         return statistics.median(samples)

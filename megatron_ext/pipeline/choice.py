@@ -8,15 +8,16 @@ be switched to, for the placement is fixed when the module is built, but they ca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.errors import ConfigError, UserError
 from megatron_ext.parallel import placement as places
 from megatron_ext.parallel.placement import Placement
 from megatron_ext.pipeline.instructions import Plan
 from megatron_ext.pipeline.schedules import NAMES, placement_of, schedule
 from megatron_ext.pipeline.simulator import Times, simulate
+from megatron_ext.pipeline.verifier import verify
 
 PLACEMENTS = {"bidirectional": places.bidirectional, "ring": places.ring, "wave": places.wave}
 """What `pipeline.placement` may say beside "auto"."""
@@ -93,7 +94,7 @@ class Choice:
             return f"{self.name}, as the checkpoint has it"
         mine, shortest = built[self.name], min(built.values())
         said = f"{self.name} has the shortest step of the {len(built)} schedules that fit this placement"
-        if mine > shortest:
+        if mine > shortest:  # it holds less, for among equals the shorter is taken
             said = (f"{self.name} holds least of the schedules within {ALIKE:.0%} of the shortest step that fit this "
                     "placement")
         others = sorted(length for name, length in built.items() if name != self.name)
@@ -106,22 +107,46 @@ class Choice:
         return said
 
 
-def start(stages: int, micro_batches: int, placement: Placement, chunks: int, memory_limit: float | None) -> str:
-    """The name of a safe schedule of this placement, to measure with.
+def start(stages: int, micro_batches: int, placement: Placement, chunks: int, memory_limit: float | None) -> Plan:
+    """A safe plan of this placement, to measure with.
 
     Raises:
-        ConfigError: none of them can have these sizes within the limit; the error of the last one tried.
+        ConfigError: no schedule of the placement can have these sizes, or none fits the limit; names what would.
     """
     error: ConfigError | None = None
-    for name in _SAFE:
+    names = _names_of(stages, placement, chunks)
+    for name in sorted(names, key=lambda name: _SAFE.index(name) if name in _SAFE else len(_SAFE)):
         try:
-            if placement_of(name, stages, chunks) == placement:
-                schedule(name, stages, micro_batches, chunks=chunks, memory_limit=memory_limit)
-                return name
+            return schedule(name, stages, micro_batches, chunks=chunks, memory_limit=memory_limit)
         except ConfigError as refused:
             error = refused
     assert error is not None, placement
-    raise error
+    raise error if memory_limit is None else _too_little(stages, micro_batches, placement, chunks, memory_limit)
+
+
+def _names_of(stages: int, placement: Placement, chunks: int) -> list[str]:
+    """The schedules of a placement."""
+    found = []
+    for name in NAMES:
+        with suppress(ConfigError):
+            if placement_of(name, stages, chunks) == placement:
+                found.append(name)
+    return found
+
+
+def _too_little(stages: int, micro_batches: int, placement: Placement, chunks: int, limit: float) -> ConfigError:
+    """That a limit is too tight for every schedule of a placement, and what the least of them holds."""
+    least: list[tuple[float, str]] = []
+    for name in _names_of(stages, placement, chunks):
+        with suppress(ConfigError):
+            if name in ("dualpipe_interleaved", "wave"):  # those can do with one micro-batch of each direction
+                least.append((len(placement), name))
+            else:
+                plan = schedule(name, stages, micro_batches, chunks=chunks)
+                least.append((max(verify(plan).activations), name))
+    peak, name = min(least)
+    return ConfigError("pipeline.memory_limit", limit, f"no schedule of this placement on {stages} ranks holds so few "
+                       "activations", f"allow {peak:g} ({name})")
 
 
 def choose(times: Times, stages: int, micro_batches: int, placement: Placement, chunks: int,
@@ -133,57 +158,59 @@ def choose(times: Times, stages: int, micro_batches: int, placement: Placement, 
         stages: P.
         micro_batches: m of a pipeline, of all its directions together.
         placement: what was built; `chunks` of each direction on a rank.
-        memory_limit: activations that a rank may hold; None leaves every schedule what it takes by itself.
+        memory_limit: activations that a rank may hold; if None, P+1, as DualPipe, or what the schedule to start with
+            holds if that is more.
         layers: of the model, which cannot be cut into more stages.
 
     Raises:
         ConfigError: no schedule of the placement fits the limit.
     """
-    found = []
-    for name in NAMES:
-        try:
-            if placement_of(name, stages, chunks) != placement:
-                continue
-        except ConfigError:
-            continue
-        found.append(_candidate(name, chunks, True, times, stages, micro_batches, memory_limit))
+    first = start(stages, micro_batches, placement, chunks, memory_limit)
+    sizes = _Sizes(times, stages, micro_batches, memory_limit, max(stages + 1, *verify(first).activations))
+    found = [_candidate(name, chunks, True, sizes) for name in _names_of(stages, placement, chunks)]
     best = _best(found)
-    if best is None or best.makespan is None:
-        raise ConfigError("megatron_ext.pipeline.memory_limit", memory_limit,
-                          "no schedule of this placement fits: " + "; ".join(f"{c.name}: {c.reason}" for c in found))
+    assert best is not None and best.makespan is not None, "the first one fits"
     for name, count in _OTHERS:
         try:
             other = placement_of(name, stages, count)
         except ConfigError:
             continue
         if other != placement and (layers is None or len(other[0]) <= layers):
-            found.append(_candidate(name, count, False, times, stages, micro_batches, memory_limit))
+            found.append(_candidate(name, count, False, sizes))
     elsewhere = _best([c for c in found if not c.built])
     if elsewhere is not None and elsewhere.makespan is not None and elsewhere.makespan > (1 - WORTH) * best.makespan:
         elsewhere = None
     return Choice(best.name, times, tuple(found), elsewhere)
 
 
-def make(choice: Choice, stages: int, micro_batches: int, chunks: int, memory_limit: float | None) -> Plan:
-    """The plan of a choice."""
-    return schedule(choice.name, stages, micro_batches, choice.times, chunks, memory_limit)
+@dataclass(frozen=True)
+class _Sizes:
+    """What candidates are made for; `usual` is what a rank may hold where no limit is given."""
+
+    times: Times
+    stages: int
+    micro_batches: int
+    memory_limit: float | None
+    usual: float
 
 
-def _candidate(name: str, chunks: int, built: bool, times: Times, stages: int, micro_batches: int,
-               memory_limit: float | None) -> Candidate:
-    weights = len(placement_of(name, stages, chunks))
+def _candidate(name: str, chunks: int, built: bool, sizes: _Sizes) -> Candidate:
+    weights = len(placement_of(name, sizes.stages, chunks))
     try:
-        plan = schedule(name, stages, micro_batches, times, chunks, memory_limit)
+        plan = schedule(name, sizes.stages, sizes.micro_batches, sizes.times, chunks, sizes.memory_limit)
     except ConfigError as error:
         return Candidate(name, chunks, built, None, None, error.rule, weights)
-    result = simulate(plan, times)
+    except UserError as error:  # an order that was searched for and is not sound: the others are still there
+        return Candidate(name, chunks, built, None, None, str(error), weights)
+    result = simulate(plan, sizes.times)
     peak = max(result.peak_activations)
-    if memory_limit is not None and peak > memory_limit + 1e-9:
-        return Candidate(name, chunks, built, None, peak, f"holds {peak:g} activations", weights)
+    if sizes.memory_limit is None and peak > sizes.usual + 1e-9:
+        reason = f"holds {peak:g} activations; set memory_limit to allow more than {sizes.usual:g}"
+        return Candidate(name, chunks, built, None, peak, reason, weights)
     return Candidate(name, chunks, built, result.makespan, peak, "", weights)
 
 
 def _best(candidates: list[Candidate]) -> Candidate | None:
     lengths = [c.makespan for c in candidates if c.makespan is not None]
     alike = [c for c in candidates if c.makespan is not None and c.makespan <= (1 + ALIKE) * min(lengths)]
-    return min(alike, key=lambda c: c.peak or 0.0, default=None)
+    return min(alike, key=lambda c: (c.peak or 0.0, c.makespan or 0.0), default=None)

@@ -6,7 +6,6 @@ longer than planned, and what it started after it could have, which is when its 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -100,15 +99,11 @@ def times_of_run(plan: Plan, ran: Timeline) -> Times:
         ScheduleError: the run is not one of this plan, or is empty.
     """
     _check_same(plan, ran)
-    seen: Durations = defaultdict(list)
+    seen: Durations = {}
     for spans in ran.ranks:
         add_durations(seen, spans)
     waits = [waited for _, _, waited, source in _waits(plan, ran, 0.0) if source is not None]
     return measured_times(seen, len(plan.placement[0]), plan.chunks, median(waits) if waits else 0.0)
-
-
-
-_ALIKE = 1.05  # longest by shortest stage, up to which stages are taken for equal
 
 
 def _check_same(plan: Plan, ran: Timeline) -> None:

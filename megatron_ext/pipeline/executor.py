@@ -14,6 +14,7 @@ stage offers to run them together (`PipelineModule.paired_step`).
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,11 +62,13 @@ class Outcome:
         losses: of the micro-batches whose last stage is here, detached, in the order they ran.
         outputs: of the last stage per (direction, micro-batch), if asked for.
         spans: when every computation ran, seconds of the host's monotonic clock, if asked for.
+        weight_grads: by stage, what the weight gradients inside each full backward took, in seconds, if asked for.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     outputs: dict[tuple[int, int], Value] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
+    weight_grads: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Executor:
@@ -108,6 +111,7 @@ class Executor:
             MessageError: a peer sent something that the plan does not have.
         """
         run = _Run(self, plan, batches, step, training, keep_outputs, record, compute_loss)
+        self.weights.clock = self._clock if record else None
         try:
             run.expect()
             for instruction in plan.instructions[self.module.stage_rank]:
@@ -118,10 +122,16 @@ class Executor:
             self.messenger.finish()
         finally:
             self.set_counting(False)
+            self.weights.clock = None
         assert not run.handed, f"handed over and never used: {sorted(run.handed)}"
         assert not run.held, f"activations left over: {sorted(run.held)}"
         assert not self.weights.waiting, f"weight gradients left over: {self.weights.waiting}"
         return run.outcome
+
+
+    def _clock(self) -> float:
+        self.synchronize()
+        return time.perf_counter()
 
 
 class _Run:
@@ -263,8 +273,11 @@ class _Run:
             assert received is not None and held.outputs is not None
             gradients = self._check_gradients(part, received[0], held.outputs)
         defer = (d, stage, k) if part.kind == "I" else None
+        self.x.weights.taken = 0.0
         with preserved_generators(self.x.device):
             self.x.weights.backward(held.roots, gradients, defer)
+        if self.record and part.kind == "B":
+            self.outcome.weight_grads[stage].append(self.x.weights.taken)
         self._give(part, tuple(torch.zeros_like(t) if t.grad is None else t.grad
                                for t in held.inputs if t.requires_grad))
 

@@ -121,6 +121,9 @@ class PipelineModule(nn.Module):
 
     def _placement(self, kind: str | None) -> Placement:
         """Where the stages lie: as the schedule has them, or for "auto" as the config says."""
+        if kind == "wave" and self.chunks < 2:
+            raise ConfigError("megatron_ext.pipeline.chunks", self.chunks, "a wave turns, and has at least 2 chunks on "
+                              "a rank", "set it to 2")
         if self.schedule == "auto":
             return PLACEMENTS[kind or "bidirectional"](self.num_stages, self.chunks)
         with in_the_config():

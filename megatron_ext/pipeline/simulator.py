@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from megatron_ext.config.errors import UserError
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.pipeline.instructions import (
     Compute,
     Message,
@@ -46,11 +46,15 @@ class Times:
     stages: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.forward, self.input_grad, self.weight_grad)
-        if not min(*parts, self.full_pair - self.weight_grad, self.message) >= 0 or not 0 < sum(parts) < inf:
-            raise UserError(f"{self}: durations are not negative, not all zero, and a pair is not shorter than its W")
-        if self.stages is not None and (not self.stages or not 0 < min(self.stages) <= max(self.stages) < inf):
-            raise UserError(f"{self}: the parts of the model have positive lengths")
+        for name in ("forward", "input_grad", "weight_grad", "message"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ConfigError(name, getattr(self, name), "a duration is finite and not negative")
+        if not self.forward + self.input_grad + self.weight_grad > 0:
+            raise ConfigError("forward", self.forward, "F, I and W do not all take no time")
+        if not self.weight_grad <= self.full_pair < inf:
+            raise ConfigError("pair", self.pair, f"a pair is finite and not shorter than its W, {self.weight_grad:g}")
+        if self.stages is not None and not (self.stages and all(0 < length < inf for length in self.stages)):
+            raise ConfigError("stages", self.stages, "the parts of the model have finite lengths above 0")
 
     @property
     def full_pair(self) -> float:

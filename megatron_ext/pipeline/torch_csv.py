@@ -60,6 +60,8 @@ def import_csv(path: str | Path, name: str | None = None) -> Plan:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(f"{path}: cannot be read as CSV: {error}") from error
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()  # blank lines at the end are no ranks
     compute = [[instruction for column, cell in enumerate(row)
                 for instruction in _instructions(cell, f"{path}: row {rank + 1}, cell {column + 1}")]
                for rank, row in enumerate(rows)]
@@ -74,6 +76,9 @@ def import_csv(path: str | Path, name: str | None = None) -> Plan:
     for stage in range(max(ranks)):
         if stage not in ranks:
             raise ScheduleError(f"{path}: stage {stage} is in no row, though stage {max(ranks)} is")
+    for rank, order in enumerate(compute):
+        if not order:
+            raise ScheduleError(f"{path}: row {rank + 1} has no computation in it; every rank has a stage")
     placement = [[ranks[stage] for stage in range(len(ranks))]]
     micro_batches = 1 + max(part.micro_batch for _, part in parts)
     try:

@@ -3,6 +3,7 @@
 Messages are matched without tags: between two ranks the order of the sends must be the order of the receives, which
 also orders every channel (kind, direction) of the pair. Freedom from deadlock is shown under rendezvous, the strictest
 transport: a send blocks its rank until the receiver has posted the receive, at the place where the plan posts it.
+On the first stage of a direction forwards come in the order of micro-batches, in which data is read.
 
 One pass over the instructions of a rank checks what a rank can know, and writes down for the second check, of all ranks
 together, where it sends, posts and waits, as integers: a plan of 32 ranks and 128 micro-batches takes about 0.1 s.
@@ -133,6 +134,9 @@ class _Check:
                 wanted, reached = _STATES[kind]
                 if state[base + micro_batch] != wanted:
                     raise self._out_of_order(rank, index, part, state[base + micro_batch])
+                if kind == "F" and stage == 0 and micro_batch and state[base + micro_batch - 1] == _NOTHING:
+                    missing = f"the forward of {direction}.{micro_batch - 1} has not run"
+                    raise self._error(rank, index, f"the first stage reads micro-batches in order, and {missing}")
                 state[base + micro_batch] = reached
                 if kind == "W":
                     held -= 1

@@ -34,12 +34,16 @@ class WeightGradients:
             they come after now.
 
     Attributes:
+        clock: seconds on the device; set while a step is recorded, so that `taken` counts.
+        taken: seconds that the weight gradients of full backwards took since it was last set to 0.
         whole: parameters whose gradient has come through autograd, so that it is part of I and not of W.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], hooked: Container[int] = ()):
         self.parameters: list[Any] = [p for p in parameters if p.requires_grad]  # Any: they are given attributes
         self.whole: set[nn.Parameter] = set()
+        self.clock: Callable[[], float] | None = None
+        self.taken = 0.0
         self._foreign_hooks = {id(p): -1 if id(p) in hooked else _count_hooks(p) for p in self.parameters}
         self._split: list[Any] = []
         self._queue: dict[Key, list[tuple[Any, Callable[[Tensor], None]]]] = {}
@@ -62,9 +66,12 @@ class WeightGradients:
         def sink(parameter: Any, accumulate: Callable[[Tensor], None]) -> None:
             if waiting is not None:
                 waiting.append((parameter, accumulate))
-            else:
-                with torch.no_grad():
-                    accumulate(parameter.main_grad)
+                return
+            began = self.clock() if self.clock is not None else 0.0
+            with torch.no_grad():
+                accumulate(parameter.main_grad)
+            if self.clock is not None:
+                self.taken += self.clock() - began
 
         for p in self._split:
             p.weight_grad_sink = sink

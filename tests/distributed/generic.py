@@ -19,6 +19,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 import megatron_ext
+from megatron_ext.pipeline.choice import PLACEMENTS
 from megatron_ext.pipeline.random import RandomKey
 from megatron_ext.pipeline.schedules import placement_of
 from tests.distributed.equality import gather
@@ -218,13 +219,15 @@ class Job:
     interval: int = 0
     checkpoint: Callable[..., Any] | None = None
     clip: float = 0.1
-    schedule: str = "dualpipe"
+    schedule: str | None = "dualpipe"  # None: as the section says
     chunks: int = 1
     replicas: int = 1
     section: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def directions(self) -> int:
+        if "placement" in self.section:
+            return len(PLACEMENTS[self.section["placement"]](self.stages, 1))
         return 2 if self.schedule == "auto" else len(placement_of(self.schedule, self.stages, self.chunks))
 
 
@@ -240,7 +243,7 @@ def build(job: Job) -> Any:
     model = megatron_ext.PipelineModule(
         job.model(), num_stages=job.stages, loss_fn=job.loss_fn, base_seed=SEED, partition_method="uniform",
         activation_checkpoint_interval=job.interval, activation_checkpoint_func=job.checkpoint,
-        schedule=job.schedule, chunks=job.chunks)
+        schedule=job.schedule, chunks=job.chunks if job.schedule else None, config=None if job.schedule else config)
     return megatron_ext.initialize(model=model, config=config)[0]
 
 

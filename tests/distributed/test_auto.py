@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ from tests.distributed.pool import WorkerPool
 AUTO = Job(generic.deep, 4, micro_batches=8, steps=MEASURED + 3, schedule="auto")
 
 
+@pytest.fixture(scope="module")
+def pool3() -> Iterator[WorkerPool]:
+    pool = WorkerPool(3)
+    yield pool
+    pool.close()
+
+
 @functools.cache
 def expected(job: Job) -> dict[str, Any]:
     return generic.reference(job)
@@ -32,7 +40,7 @@ def expected(job: Job) -> dict[str, Any]:
 
 def train(job: Job, times: Times, folder: str | None = None) -> dict[str, Any]:
     """With `times` in the place of what would be measured, so that every run chooses the same."""
-    with patch("megatron_ext.engine.schedule_choice.measured_times", side_effect=lambda *_: times) as measured:
+    with patch("megatron_ext.engine.schedule_choice.measured_times", side_effect=lambda *_, **__: times) as measured:
         engine = build(job)
         data, names, losses, norms = batches(engine, job), [], [], []
         for _ in range(job.steps):
@@ -89,6 +97,16 @@ def test_a_resumed_job_keeps_the_choice(pool4: WorkerPool, tmp_path: Path) -> No
     assert set(pool4.run(resume, named, str(tmp_path))[0]["after"]) == {"dualpipe"}, "who names a schedule gets it"
 
 
+def test_a_choice_that_no_longer_fits_makes_way(pool4: WorkerPool, tmp_path: Path) -> None:
+    """Other sizes than it was chosen for: the next best of the same times, and not an error in the first step."""
+    job = replace(AUTO, section={"schedule": "auto", "placement": "ring"}, schedule=None)
+    times = Times(20, 20, 20, message=1)
+    assert pool4.run(train, job, times, str(tmp_path))[0]["names"][-1] == "zb_h1"
+    tight = replace(job, section={**job.section, "memory_limit": 3.0})
+    found = pool4.run(resume, tight, str(tmp_path))
+    assert set(found[0]["after"]) == {"wave"} and all(rank["plan"] == found[0]["plan"] for rank in found)
+
+
 def test_really_measured(pool2: WorkerPool) -> None:
     """Nothing put in its place: a choice comes out, and says why."""
     job = replace(AUTO, stages=2, micro_batches=4)
@@ -112,9 +130,27 @@ def refused(job: Job) -> str:
     return str(error.value)
 
 
-def test_a_limit_that_nothing_fits_is_refused_at_the_start(pool2: WorkerPool) -> None:
-    for found in pool2.run(refused, replace(AUTO, stages=2, section={"schedule": "auto", "memory_limit": 0.5})):
-        assert found.startswith("megatron_ext.pipeline.memory_limit = 0.5: ") and "allow" in found
+@pytest.mark.parametrize(("section", "message"), [
+    ({"memory_limit": 0.5}, "megatron_ext.pipeline.memory_limit = 0.5: no schedule of this placement on 2 ranks "
+                            "holds so few activations; allow 2 ("),
+    ({"placement": "ring"}, "megatron_ext.pipeline.placement = 'ring': the PipelineModule was built for"),
+])
+def test_what_cannot_be_is_refused_at_the_start(section: dict[str, Any], message: str, pool2: WorkerPool) -> None:
+    for found in pool2.run(refused, replace(AUTO, stages=2, section={"schedule": "auto", **section})):
+        assert found.startswith(message)
+
+
+@pytest.mark.parametrize(("placement", "chunks", "stages", "replicas", "names"), [
+    ("ring", 1, 3, 1, {"1f1b", "zb_h1", "wave"}), ("wave", 2, 2, 2, {"zbv", "dualpipev", "wave"}),
+    ("bidirectional", 2, 2, 2, {"dualpipe_interleaved"}), ("ring", 2, 4, 1, {"interleaved", "interleaved_paired"})])
+def test_every_placement(placement: str, chunks: int, stages: int, replicas: int, names: set[str],
+                         pool3: WorkerPool, pool4: WorkerPool) -> None:
+    section = {"schedule": "auto", "placement": placement, "chunks": chunks}
+    job = replace(AUTO, stages=stages, replicas=replicas, micro_batches=4, schedule=None, section=section)
+    pool = {3: pool3, 4: pool4}[stages * replicas]
+    found = pool.run(train, job, Times(20, 20, 20, pair=48, message=1))
+    assert found[0]["names"][-1] in names
+    compare(found[0], expected(replace(job, stages=2, zero=0)))
 
 
 # -- traces

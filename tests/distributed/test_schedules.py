@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
+from megatron_ext.pipeline import Plan, Transfer, executor
 from megatron_ext.pipeline.schedules import NAMES
 from tests.distributed import equality, generic
 from tests.distributed.equality import Case, compare, gather
@@ -35,21 +39,79 @@ def pools(pool2: WorkerPool, pool4: WorkerPool) -> dict[int, WorkerPool]:
     return {2: pool2, 4: pool4}
 
 
+Call = tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def listening(engine: Any) -> Iterator[list[Call]]:
+    """What is really called, in order: layers, autograd, weight gradients, messages; labels apart."""
+    calls: list[Call] = []
+    graphs: dict[int, Call] = {}  # what a backward starts from -> whose forward made it
+    grid, module, weights, messenger = engine.module.topology, engine.module, engine.weights, engine.executor.messenger
+    run_stage, backward, take, send, receive, held = (
+        module.run_stage, weights.backward, weights.take, messenger.send, messenger.receive, executor._Held)
+
+    def on_forward(stage: int, value: Any, key: Any) -> Any:
+        micro_batch, shard = divmod(key.micro_batch, grid.data_parallel_size)
+        calls.append(("F", shard // grid.replicas, stage, micro_batch))
+        return run_stage(stage, value, key)
+
+    def on_held(inputs: Any, roots: Any, outputs: Any) -> Any:
+        graphs[id(roots)] = next(call for call in reversed(calls) if call[0] == "F")[1:]
+        return held(inputs, roots, outputs)
+
+    def on_backward(roots: Any, gradients: Any, defer: Any) -> None:
+        where = graphs.pop(id(roots))
+        assert defer in (None, where)
+        calls.append(("B" if defer is None else "I", *where))
+        backward(roots, gradients, defer)
+
+    def on_take(key: Any) -> None:
+        calls.append(("W", *key))
+        take(key)
+
+    def on_send(key: Any, *rest: Any) -> None:
+        if key.kind != "L":
+            calls.append(("send", *key))
+        send(key, *rest)
+
+    def on_receive(key: Any, source: int) -> Any:
+        if key.kind != "L":
+            calls.append(("receive", *key))
+        return receive(key, source)
+
+    with (patch.object(module, "run_stage", on_forward), patch.object(executor, "_Held", on_held),
+          patch.object(weights, "backward", on_backward), patch.object(weights, "take", on_take),
+          patch.object(messenger, "send", on_send), patch.object(messenger, "receive", on_receive)):
+        yield calls
+
+
+def planned_calls(plan: Plan, rank: int) -> list[Call]:
+    """The same of a plan."""
+    calls: list[Call] = []
+    for instruction in plan.instructions[rank]:
+        if isinstance(instruction, Transfer):
+            if instruction.kind[0] == "S":
+                calls.append(("send", *instruction.message[:4]))
+        else:
+            calls += [("receive", *message[:4]) for message in plan.needs(instruction)]
+            calls += [tuple(part) for part in instruction.parts]
+    return calls
+
+
 def train_and_record(job: Job) -> dict[str, Any]:
     """Rank 0 returns what happened; each rank what it ran, next to what it was to run."""
     engine = build(job)
     data = batches(engine, job)
     losses, norms = [], []
-    for step in range(job.steps):
-        if step == 1:
-            engine.record_next_batch()
-        losses.append(float(engine.train_batch(data)))
+    for _ in range(job.steps):
+        with listening(engine) as calls:  # of the last step
+            losses.append(float(engine.train_batch(data)))
         norms.append(float(engine.get_global_grad_norm()))
         assert engine.weights.waiting == [] and engine.executor.messenger.under_way == 0
     state = gather(engine)
-    rank = engine.module.stage_rank
-    return {"losses": losses, "norms": norms, "state": state if dist.get_rank() == 0 else None,
-            "ran": [span.instruction for span in engine.timeline.ranks[rank]], "planned": engine.plan().compute(rank)}
+    return {"losses": losses, "norms": norms, "state": state if dist.get_rank() == 0 else None, "ran": calls,
+            "planned": planned_calls(engine.plan(), engine.module.stage_rank)}
 
 
 @pytest.mark.parametrize(("name", "stages", "chunks"), CELLS)

@@ -6,15 +6,17 @@ import pytest
 
 from megatron_ext.config import ConfigError
 from megatron_ext.pipeline import Times, schedule, simulate
-from megatron_ext.pipeline.choice import ALIKE, PLACEMENTS, choose, in_the_config, make, start
+from megatron_ext.pipeline.choice import ALIKE, PLACEMENTS, choose, in_the_config, start
 from megatron_ext.pipeline.measured import measured_times
 from megatron_ext.pipeline.schedules import NAMES, placement_of
+from megatron_ext.pipeline.verifier import verify
 
 NO_GAIN, EP_BOUND = Times(20, 20, 20, message=1), Times(20, 20, 10, pair=32, message=1)
 P, M = 4, 8
 
 PICKS = [
     # placement, chunks, times, memory limit -> what has the shortest step, or holds less and is as good
+    ("ring", 2, NO_GAIN, 5.5, "interleaved"),
     ("ring", 1, NO_GAIN, None, "zb_h1"), ("ring", 1, EP_BOUND, None, "wave"), ("ring", 1, NO_GAIN, 3, "wave"),
     ("ring", 2, NO_GAIN, None, "interleaved"), ("ring", 2, EP_BOUND, None, "interleaved_paired"),
     ("wave", 2, EP_BOUND, None, "wave"), ("wave", 2, NO_GAIN, 3, "wave"),
@@ -28,7 +30,7 @@ def test_the_pick_is_the_shortest_that_fits(kind, chunks, times, limit, pick):
     placement = PLACEMENTS[kind](P, chunks)
     choice = choose(times, P, M, placement, chunks, limit)
     assert choice.name == pick
-    plan = make(choice, P, M, chunks, limit)
+    plan = schedule(choice.name, P, M, choice.times, chunks, limit)
     assert plan.placement == placement
     mine = simulate(plan, times)
     assert limit is None or max(mine.peak_activations) <= limit
@@ -36,6 +38,9 @@ def test_the_pick_is_the_shortest_that_fits(kind, chunks, times, limit, pick):
         try:
             if placement_of(name, P, chunks) == placement:
                 rival = simulate(schedule(name, P, M, times, chunks, limit), times)
+                if limit is None and max(rival.peak_activations) > max(P + 1, *verify(
+                        start(P, M, placement, chunks, None)).activations):
+                    continue  # nobody asked for so much memory
                 assert mine.makespan <= (1 + ALIKE) * rival.makespan, name
         except ConfigError:
             continue
@@ -47,6 +52,20 @@ def test_of_equally_long_schedules_the_one_that_holds_least():
     lengths = {c.name: (c.makespan, c.peak) for c in choice.candidates if c.built}
     assert lengths["wave"] < lengths["zbv"] and lengths["zbv"][1] < lengths["wave"][1]
     assert choice.name == "zbv" and "holds least" in choice.why
+    equal = choose(Times(20, 20, 20, pair=48), 4, 16, PLACEMENTS["bidirectional"](4), 1)
+    lengths = {c.name: (c.makespan, c.peak) for c in equal.candidates if c.built}
+    assert lengths["dualpipe_interleaved"] < lengths["dualpipe_zb"] < (1.01 * lengths["dualpipe_interleaved"][0], 5.1)
+    assert equal.name == "dualpipe_interleaved" and "shortest" in equal.why, "who holds as much has to be shorter"
+
+
+def test_nobody_is_given_more_memory_than_he_would_expect():
+    """With W = 0 and slow messages GPipe is the shortest, at m activations: only a limit that allows it chooses it."""
+    times, ring = Times(1, 1, 0, message=0.3), PLACEMENTS["ring"](P)
+    choice = choose(times, P, 32, ring, 1)
+    assert choice.name != "gpipe"
+    [gpipe] = [c for c in choice.candidates if c.name == "gpipe"]
+    assert gpipe.makespan is None and gpipe.reason == "holds 32 activations; set memory_limit to allow more than 5"
+    assert choose(times, P, 32, ring, 1, memory_limit=32).name == "gpipe"
 
 
 def test_a_better_placement_is_named_for_the_next_start():
@@ -64,11 +83,36 @@ def test_what_a_choice_starts_on_is_safe_and_shows_pairs():
                                       ("bidirectional", 1, 3, "dualpipe_interleaved"), ("ring", 1, None, "wave"),
                                       ("ring", 2, None, "interleaved_paired"), ("wave", 2, None, "dualpipev"),
                                       ("wave", 4, None, "wave")):
-        assert start(P, M, PLACEMENTS[kind](P, chunks), chunks, limit) == name
+        assert start(P, M, PLACEMENTS[kind](P, chunks), chunks, limit).name == name
     with pytest.raises(ConfigError, match=r"memory_limit = 0\.2"):
         start(P, M, PLACEMENTS["ring"](P), 1, 0.2)
-    with pytest.raises(ConfigError, match=r"no schedule of this placement fits: .*gpipe"):
+    with pytest.raises(ConfigError, match=r"placement on 4 ranks holds so few activations; allow 1 \(wave\)"):
         choose(NO_GAIN, P, M, PLACEMENTS["ring"](P), 1, 0.2)
+    with pytest.raises(ConfigError, match=r"allow 5\.5 \(interleaved\)"):
+        start(P, M, PLACEMENTS["ring"](P, 2), 2, 3)
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_there_is_a_start_whenever_there_is_a_choice(kind, chunks):
+    placement = PLACEMENTS[kind](P, chunks)
+    for limit in (0.5, 1, 2, 4, 5.5, None):
+        try:
+            first = start(P, M, placement, chunks, limit)
+        except ConfigError as error:
+            assert limit is not None and error.key == "pipeline.memory_limit"
+            assert not any(fits(name, placement, chunks, limit) for name in NAMES)
+            continue
+        assert first.placement == placement and (limit is None or max(verify(first).activations) <= limit)
+        if limit == 5.5:
+            choose(EP_BOUND, P, M, placement, chunks, limit)
+
+
+def fits(name, placement, chunks, limit):
+    try:
+        return placement_of(name, P, chunks) == placement and bool(schedule(name, P, M, None, chunks, limit))
+    except ConfigError:
+        return False
 
 
 def test_errors_speak_of_the_config():

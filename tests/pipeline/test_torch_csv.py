@@ -77,11 +77,12 @@ def damaged(rows):
     yield "stage 0 is in no row, though stage 1 is", [[], second]
     yield "not a valid schedule: .*comes after its|nobody uses it", [[first[0], first[0], *first[1:]], second]
     yield "no computation in it", [[], []]
+    yield "row 2 has no computation in it", [first, [], second]
     yield "not a valid schedule: .*(deadlock|order of messages)", [
         ["0F0", "0B0", "0F1", "0B1", "0F2", "0B2", "0F3", "0B3"], ["1F1", "1B1", "1F0", "1B0", *second[4:]]]
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(10))
 def test_a_file_that_is_no_schedule_is_refused(case, tmp_path):
     plan = schedule("1f1b", 2, 4)
     path = export_csv(plan, tmp_path / "plan.csv")
@@ -91,6 +92,12 @@ def test_a_file_that_is_no_schedule_is_refused(case, tmp_path):
         csv.writer(file).writerows(wrong)
     with pytest.raises(ScheduleError, match=rf"plan\.csv.*({message})"):
         import_csv(path)
+
+
+def test_blank_rows_at_the_end_are_no_ranks(tmp_path):
+    (tmp_path / "plan.csv").write_text("0F0,0B0\n\n,,\n")
+    plan = import_csv(tmp_path / "plan.csv")
+    assert (plan.stages, plan.micro_batches) == (1, 1)
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):

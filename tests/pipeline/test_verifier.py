@@ -85,6 +85,8 @@ DAMAGE = {
     "double forward": (duplicate("F0.1"), "the forward .* after its forward"),
     "weight gradient before input gradient": (swap("I1.0", "W1.0"), "weight gradient .* after its forward"),
     "backward before forward": (swap("F1.0", "I1.0"), "input gradient .* before its forward"),
+    "data out of order": (swap("F0.1", "F0.2"), r"rank 0, instruction \d+ \(F0.2 of stage 0\): the first stage reads "
+                          r"micro-batches in order, and the forward of 0.1 has not run"),
     "wrong micro-batch": (change("F0.2", micro_batch=9), r"F0.9 .*direction 0 has the micro-batches 0 to 3"),
     "micro-batch of another": (change("F0.2", micro_batch=1), "the forward .* after its forward"),
     "wrong stage": (change("F0.2", stage=1), "stage 1 of direction 0 is on rank 1"),
@@ -205,6 +207,25 @@ def forward_last(plan: Plan) -> None:
     order.append(order.pop(index))
 
 
+def read_out_of_order(plan: Plan) -> None:
+    """The last two micro-batches of direction 0 change names, on every stage and in every message alike."""
+    last = plan.micro_batches_of(0) - 1
+    other = {last: last - 1, last - 1: last}
+
+    def renamed(part: Compute) -> Compute:
+        return part._replace(micro_batch=other.get(part.micro_batch, part.micro_batch)) if part.direction == 0 else part
+
+    for order in plan.instructions:
+        for index, i in enumerate(order):
+            if isinstance(i, Compute):
+                order[index] = renamed(i)
+            elif isinstance(i, Pair):
+                order[index] = Pair(renamed(i.forward), renamed(i.backward))
+            elif i.message.direction == 0:
+                number = other.get(i.message.micro_batch, i.message.micro_batch)
+                order[index] = i._replace(message=i.message._replace(micro_batch=number))
+
+
 def change_micro_batch(plan: Plan) -> None:
     order, index = some(plan, is_part("F"))
     order[index] = order[index]._replace(micro_batch=order[index].micro_batch + 1)
@@ -249,6 +270,7 @@ ANYWHERE: dict[str, Callable[[Plan], None]] = {
     "on another rank": other_rank,
     "backward first": gradient_first,
     "forward last": forward_last,
+    "data read in another order": read_out_of_order,
     "other micro-batch": change_micro_batch,
     "other stage": change_stage,
     "sent elsewhere": wrong_peer,

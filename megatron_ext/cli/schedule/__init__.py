@@ -32,6 +32,11 @@ WeightGrad = Annotated[float, typer.Option(help="Time of its weight gradient.")]
 PairTime = Annotated[float | None, typer.Option("--pair", help="Time of a forward and a full backward that run as one; "
                                                 "their sum if not given.")]
 MessageTime = Annotated[float, typer.Option("--message", help="Time of a message between ranks.")]
+PhasesFile = Annotated[Path | None, typer.Option(
+    "--phases", help='A JSON of what a block takes, from which these times follow: {"attention": [F, I, W], '
+    '"dispatch": D, "mlp": [F, I, W], "combine": C, "blocks": how many a rank has}.')]
+StageLengths = Annotated[str | None, typer.Option(
+    help="How the work lies along the model, from its beginning to its end, where it is not even: 1,1,1,1.4.")]
 Step = Annotated[int | None, typer.Option(help="Which recorded step; the last whole one if not given.")]
 
 
@@ -41,12 +46,13 @@ def draw(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .svg, .png or .pdf.")] = Path("schedule.svg"),
     stages: Stages = None, micro_batches: MicroBatches = None, chunks: Chunks = 1, memory_limit: MemoryLimit = None,
     forward: Forward = 1.0, input_grad: InputGrad = 1.0, weight_grad: WeightGrad = 1.0, pair: PairTime = None,
-    message: MessageTime = 0.0, step: Step = None,
+    message: MessageTime = 0.0, phases: PhasesFile = None, stage_lengths: StageLengths = None, step: Step = None,
 ) -> None:
     """Draws a planned schedule, or a step as it ran: colour by kind and direction, idle time grey, memory beneath."""
+    from megatron_ext.cli.schedule.durations import read_times
     from megatron_ext.pipeline.drawing import draw as draw_timeline
 
-    times = _times(forward, input_grad, weight_grad, pair, message)
+    times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
     _, timeline = _open(source, stages, micro_batches, chunks, memory_limit, times, step)
     path = draw_timeline(timeline, output)
     _say(timeline)
@@ -63,7 +69,7 @@ def compare(
         "[default: 2 and 4]", show_default=False)] = None,
     memory_limit: MemoryLimit = None,
     forward: Forward = 1.0, input_grad: InputGrad = 1.0, weight_grad: WeightGrad = 1.0, pair: PairTime = None,
-    message: MessageTime = 0.0,
+    message: MessageTime = 0.0, phases: PhasesFile = None, stage_lengths: StageLengths = None,
     model: Annotated[Path | None, typer.Option(help="A model's config.json: adds the peak memory per rank.")] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Sequences in a micro-batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Positions of a sequence.")] = 4096,
@@ -72,11 +78,12 @@ def compare(
 ) -> None:
     """Simulates schedules for the same sizes and times, in one table, best first."""
     from megatron_ext.cli.schedule import memory, table
+    from megatron_ext.cli.schedule.durations import read_times
 
     job = None
     if model is not None:
         job = memory.Job.read(model, micro_batch_size, sequence_length, expert_parallel, fp8)
-    times = _times(forward, input_grad, weight_grad, pair, message)
+    times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
     table.show(names or [], stages, micro_batches, chunks or [2, 4], times, memory_limit, job)
 
 
@@ -87,12 +94,13 @@ def trace(
                       ] = Path("trace.json"),
     stages: Stages = None, micro_batches: MicroBatches = None, chunks: Chunks = 1, memory_limit: MemoryLimit = None,
     forward: Forward = 1.0, input_grad: InputGrad = 1.0, weight_grad: WeightGrad = 1.0, pair: PairTime = None,
-    message: MessageTime = 0.0, step: Step = None,
+    message: MessageTime = 0.0, phases: PhasesFile = None, stage_lengths: StageLengths = None, step: Step = None,
 ) -> None:
     """Writes a Chrome trace: a thread per rank, and what each holds. One unit of simulated time is a millisecond."""
+    from megatron_ext.cli.schedule.durations import read_times
     from megatron_ext.pipeline.trace import write_trace
 
-    times = _times(forward, input_grad, weight_grad, pair, message)
+    times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
     plan, timeline = _open(source, stages, micro_batches, chunks, memory_limit, times, step)
     path = write_trace(output, timeline, plan)
     _say(timeline)
@@ -105,12 +113,13 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .csv.")] = Path("plan.csv"),
     stages: Stages = None, micro_batches: MicroBatches = None, chunks: Chunks = 1, memory_limit: MemoryLimit = None,
     forward: Forward = 1.0, input_grad: InputGrad = 1.0, weight_grad: WeightGrad = 1.0, pair: PairTime = None,
-    message: MessageTime = 0.0, step: Step = None,
+    message: MessageTime = 0.0, phases: PhasesFile = None, stage_lengths: StageLengths = None, step: Step = None,
 ) -> None:
     """Writes the CSV that torch.distributed.pipelining reads (compute_only); for schedules of one direction."""
+    from megatron_ext.cli.schedule.durations import read_times
     from megatron_ext.pipeline.torch_csv import export_csv
 
-    times = _times(forward, input_grad, weight_grad, pair, message)
+    times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
     plan, _ = _open(source, stages, micro_batches, chunks, memory_limit, times, step)
     typer.echo(str(export_csv(plan, output)))
 
@@ -120,17 +129,19 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A CSV of torch's pipelining, compute_only or compute_comms.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Writes the plan as JSON.")] = None,
     forward: Forward = 1.0, input_grad: InputGrad = 1.0, weight_grad: WeightGrad = 1.0, pair: PairTime = None,
-    message: MessageTime = 0.0,
+    message: MessageTime = 0.0, phases: PhasesFile = None, stage_lengths: StageLengths = None,
 ) -> None:
     """Reads and verifies a CSV of torch.distributed.pipelining, and says what it is worth."""
+    from megatron_ext.cli.schedule.durations import read_times
     from megatron_ext.pipeline.simulator import simulate
     from megatron_ext.pipeline.torch_csv import import_csv
     from megatron_ext.pipeline.trace import write_plan
 
     plan = import_csv(file)
-    typer.echo(f"a valid schedule: {plan.stages} ranks with {plan.chunks} stage{'s' * (plan.chunks > 1)} each, "
-               f"{plan.micro_batches} micro-batches")
-    _say(simulate(plan, _times(forward, input_grad, weight_grad, pair, message)).timeline)
+    ranks, stages = (f"{count} {word}{'s' * (count > 1)}" for count, word in ((plan.stages, "rank"), (plan.chunks, "stage")))
+    typer.echo(f"a valid schedule: {ranks} with {stages} each, {plan.micro_batches} micro-batches")
+    times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
+    _say(simulate(plan, times).timeline)
     if output is not None:
         typer.echo(str(write_plan(output, plan)))
 
@@ -149,12 +160,6 @@ def report(
     from megatron_ext.cli.schedule.report import show
 
     show(folder, step, top, output)
-
-
-def _times(forward: float, input_grad: float, weight_grad: float, pair: float | None, message: float) -> Times:
-    from megatron_ext.pipeline.simulator import Times
-
-    return Times(forward, input_grad, weight_grad, pair, message)
 
 
 def _open(source: str, stages: int | None, micro_batches: int | None, chunks: int, memory_limit: float | None,

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from megatron_ext.cli.schedule.memory import Job
 from megatron_ext.config.errors import ConfigError, UserError
-from megatron_ext.pipeline.schedules import NAMES, chunks_of, schedule
+from megatron_ext.pipeline.bounds import any_placement_bound, lower_bound
+from megatron_ext.pipeline.schedules import NAMES, chunks_of, placement_of, schedule
 from megatron_ext.pipeline.simulator import Result, Times, simulate
 
 
@@ -26,16 +27,18 @@ class Row:
         name, chunks: which.
         copies: of every weight, over all ranks.
         result: None if it cannot have these sizes.
+        bound: no order on its placement is shorter.
         memory: peak bytes of the fullest rank, or in words why that cannot be said; None if nobody asked.
-        reason: why it cannot have these sizes.
+        error: why it cannot have these sizes.
     """
 
     name: str
     chunks: int
     copies: int = 1
     result: Result | None = None
+    bound: float = 0.0
     memory: int | str | None = None
-    reason: str = ""
+    error: UserError | None = None
 
     @property
     def makespan(self) -> float:
@@ -52,8 +55,13 @@ def rows(names: Sequence[str], stages: int, micro_batches: int, chunks: Sequence
         progress: where a bar is shown, if anywhere.
 
     Raises:
-        ConfigError: a name that is no schedule's.
+        ConfigError: a name that is no schedule's, a number of chunks below 1, a memory limit of nothing.
     """
+    for count in chunks:
+        if count < 1:
+            raise ConfigError("--chunks", count, "every rank holds at least one stage of a direction", "try 2")
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError("--memory-limit", memory_limit, "it counts activations and is more than 0")
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, 1, cutoff=0.4)
@@ -82,20 +90,56 @@ def _row(name: str, chunks: int, stages: int, micro_batches: int, times: Times, 
         plan = schedule(name, stages, micro_batches, times, chunks, memory_limit)
         result = simulate(plan, times)
     except UserError as error:
-        return Row(name, chunks, reason=_reason(error))
+        return Row(name, chunks, error=error)
     memory: int | str | None = None
     if job is not None:
         try:
             memory = max(job.peak_bytes(plan, result.timeline))
         except UserError as error:
             memory = _reason(error)
-    return Row(name, plan.chunks, len(plan.placement), result, memory)
+    bound = lower_bound(plan.placement, micro_batches, times, memory_limit)
+    return Row(name, plan.chunks, len(plan.placement), result, bound, memory)
 
 
 def _reason(error: UserError) -> str:
     if isinstance(error, ConfigError):
         return f"{error.rule} ({error.hint})" if error.hint else error.rule
     return str(error)
+
+
+def _none_fits(found: Sequence[Row], stages: int, micro_batches: int, times: Times,
+               memory_limit: float | None) -> ConfigError:
+    """What to say where no schedule can be: if a higher limit would help, the nearest one and whose it is."""
+    sizes = f"{stages} stages, {micro_batches} micro-batches"
+    limited = [row for row in found if isinstance(row.error, ConfigError) and row.error.key == "pipeline.memory_limit"]
+    if not limited:
+        reasons = dict.fromkeys(f"{row.name}: {_reason(row.error)}" for row in found if row.error)
+        return ConfigError("sizes", sizes, "no schedule can have them", "; ".join(reasons))
+    least = [(_least_limit(row, stages, micro_batches, times), row.chunks, row.name) for row in limited]
+    limit, chunks, name = min(least)
+    label = repr(name) if chunks == 1 else f"{name!r} with {chunks} chunks"
+    return ConfigError("--memory-limit", memory_limit, f"no schedule with {sizes} holds so few activations",
+                       f"the nearest limit that one keeps is {limit:g}: {label}")
+
+
+def _least_limit(row: Row, stages: int, micro_batches: int, times: Times) -> float:
+    """Activations to allow for a schedule: one of each direction if it keeps limits, else what it holds without one."""
+    least = float(len(placement_of(row.name, stages, row.chunks)))
+    try:
+        schedule(row.name, stages, micro_batches, times, row.chunks, least)
+    except ConfigError:
+        return max(simulate(schedule(row.name, stages, micro_batches, times, row.chunks), times).peak_activations)
+    return least
+
+
+def _any_placement(found: Sequence[Row], stages: int, micro_batches: int, times: Times,
+                   memory_limit: float | None) -> str:
+    """The bound for every schedule there could be with as many chunks and copies as those in the table."""
+    chunks, copies = (max(getattr(row, name) for row in found if row.result) for name in ("chunks", "copies"))
+    bound = min(any_placement_bound(stages, micro_batches, c, k, times, memory_limit)
+                for c in range(1, chunks + 1) for k in range(1, copies + 1))
+    return (f"no schedule of any placement, with up to {chunks} chunk{'s' * (chunks > 1)} and {copies} "
+            f"cop{'ies' if copies > 1 else 'y'} of the weights, can be below {bound:.6g}")
 
 
 def show(names: Sequence[str], stages: int, micro_batches: int, chunks: Sequence[int], times: Times,
@@ -109,33 +153,34 @@ def show(names: Sequence[str], stages: int, micro_batches: int, chunks: Sequence
     found = rows(names, stages, micro_batches, chunks, times, memory_limit, job,
                  terminal if terminal.is_terminal else None)
     if all(row.result is None for row in found):
-        raise ConfigError("sizes", f"{stages} stages, {micro_batches} micro-batches", "no schedule can have them",
-                          "; ".join(f"{row.name}: {row.reason}" for row in found))
+        raise _none_fits(found, stages, micro_batches, times, memory_limit)
     pair = f"{times.full_pair:g}" + (" (no gain)" if times.pair is None else "")
     title = (f"{stages} ranks, {micro_batches} micro-batches; F {times.forward:g}, I {times.input_grad:g}, "
              f"W {times.weight_grad:g}, pair {pair}, message {times.message:g}")
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     table.add_column("schedule", no_wrap=True)
-    for heading in ["weights", "chunks", "makespan", "bubble", "idle", "held"] + ["GB"] * (job is not None):
+    for heading in ["weights", "chunks", "makespan", "bound", "bubble", "idle", "held"] + ["GB"] * (job is not None):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, row in enumerate(found):
         best = index == 0
         if row.result is None:
             continue
         idle = sum(row.result.bubble) / (stages * row.result.makespan)
-        cells = [f"{row.copies}x", str(row.chunks), f"{row.result.makespan:.6g}", f"{max(row.result.bubble):.4g}",
-                 f"{idle:.1%}", f"{max(row.result.peak_activations):g}"]
+        cells = [f"{row.copies}x", str(row.chunks), f"{row.result.makespan:.6g}", f"{row.bound:.6g}",
+                 f"{max(row.result.bubble):.4g}", f"{idle:.1%}", f"{max(row.result.peak_activations):g}"]
         if job is not None:
             cells.append(f"{row.memory / 1e9:.4g}" if isinstance(row.memory, int) else "-")
         table.add_row(f"{row.name}{' ★' if best else ''}", *cells, style="bold green" if best else None)
     console = Console(highlight=False)
     console.print(table)
     for row in found:
-        why = row.reason or (row.memory if isinstance(row.memory, str) else "")
+        why = _reason(row.error) if row.error else row.memory if isinstance(row.memory, str) else ""
         if why:
             label = row.name if row.chunks == 1 else f"{row.name} with {row.chunks} chunks"
             console.print(f"  [bold]{label}[/bold]: {escape(why)}", soft_wrap=True)
-    notes = "★ shortest step; bubble: of the rank that idles most; held: activations on the rank that holds most"
+    console.print(_any_placement(found, stages, micro_batches, times, memory_limit), soft_wrap=True)
+    notes = ("★ shortest step; bound: no order on this placement is shorter; bubble: of the rank that idles most; "
+             "held: activations on the rank that holds most")
     if job is not None:
         notes += "; GB: there, weights, FP32 gradients and activations, optimizer states apart"
     console.print(notes, style="dim", soft_wrap=True)
