@@ -29,7 +29,7 @@ def lengths(stages: int, seed: int = 0) -> tuple[float, ...]:
 
 
 @pytest.fixture(scope="module")
-def starts() -> list[Plan]:
+def plans() -> list[Plan]:
     """Every schedule: a job measures with one of them."""
     found = []
     for P, chunks, name in product((1, 2, 4, 8), (1, 2, 3), NAMES):
@@ -54,8 +54,8 @@ def measure(plan: Plan, times: Times, in_b: bool = False, paired: bool = True) -
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("in_b", [False, True])
-def test_every_schedule_shows_what_it_ran(starts, uneven, in_b):
-    for plan in starts:
+def test_every_schedule_shows_what_it_ran(plans, uneven, in_b):
+    for plan in plans:
         stages = len(plan.placement[0])
         times = replace(EVEN, stages=lengths(stages)) if uneven and stages > 1 else EVEN
         found = measure(plan, times, in_b)
@@ -78,7 +78,7 @@ def test_a_kind_is_compared_with_the_stages_it_ran_on():
     where = {(i.kind, i.stage) for rank in range(2) for i in plan.compute(rank) if i.kind in "FIWB"}
     assert len([stage for kind, stage in where if kind == "F"]) == 2 > len([s for kind, s in where if kind == "B"])
     assert measure(plan, replace(EVEN, stages=(0.67, 1.33))).stages == pytest.approx((0.67, 1.33), **EXACT)
-    # No stage has all kinds, and none has both I and W.
+    # No stage has all kinds, and no kind all stages.
     seen: Durations = {("F", (0,)): [1.0], ("F", (1,)): [2.0], ("I", (1,)): [6.0], ("I", (2,)): [12.0],
                        ("W", (2,)): [4.0], ("W", (3,)): [1.0]}
     found = measured_times(seen, 4, 1, 0.0)
