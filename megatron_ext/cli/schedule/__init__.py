@@ -138,7 +138,8 @@ def import_(
     from megatron_ext.pipeline.trace import write_plan
 
     plan = import_csv(file)
-    ranks, stages = (f"{count} {word}{'s' * (count > 1)}" for count, word in ((plan.stages, "rank"), (plan.chunks, "stage")))
+    counts = ((plan.stages, "rank"), (plan.chunks, "stage"))
+    ranks, stages = (f"{count} {word}{'s' * (count > 1)}" for count, word in counts)
     typer.echo(f"a valid schedule: {ranks} with {stages} each, {plan.micro_batches} micro-batches")
     times = read_times(forward, input_grad, weight_grad, pair, message, phases, stage_lengths)
     _say(simulate(plan, times).timeline)
