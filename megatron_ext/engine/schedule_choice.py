@@ -4,8 +4,8 @@ With `"schedule": "auto"` the first step warms up, the next MEASURED steps run a
 built and time every computation, then rank 0 chooses (pipeline/choice.py), all ranks follow, and the next step runs the
 choice. It is kept in checkpoints, so that a resumed job neither measures nor switches.
 
-`"trace": "folder"` writes what ran, per rank, in the format of pipeline/trace.py, on the first steps and then on those
-that `steps_per_print` picks.
+`"trace": "folder"` writes what ran, per rank, in the format of pipeline/trace.py, on the first steps, on the first
+after a switch, and on those that `steps_per_print` picks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -35,7 +34,7 @@ from megatron_ext.pipeline.trace import write_rank_trace
 from megatron_ext.pipeline.verifier import verify
 
 MEASURED = 3  # steps; the median over them and over micro-batches stands against the odd slow one
-TRACED = 3  # steps from the start that are traced
+TRACED = 3  # steps that are traced from the start, and from a switch
 PINGS = 9  # messages there and back, of which the median counts
 
 
@@ -49,6 +48,7 @@ class ScheduleMixin:
         self._auto = "auto" in (pipeline.schedule, self.module.schedule)
         self._durations: Durations = defaultdict(list)
         self._steps_run = 0
+        self._trace_until = TRACED
         self._clock_offset = time.time() - time.perf_counter()  # hosts agree on the time of day, if on anything
         self.plan()  # what cannot be made is refused now, not in the first step
 
@@ -86,7 +86,7 @@ class ScheduleMixin:
             return schedule(self._choice.name, module.num_stages, total, times, module.chunks, limit)
         except ConfigError as error:  # other sizes than it was chosen for
             other = choice.choose(times, module.num_stages, total, module.placement, module.chunks, limit).name
-            deepspeed.utils.log_dist(f"schedule: {self._choice.name} no longer fits ({error}); now {other}", ranks=[0])
+            self._say(f"{self._choice.name} no longer fits ({error}); now {other}")
             return schedule(other, module.num_stages, total, times, module.chunks, limit)
 
     # -- measuring
@@ -98,7 +98,7 @@ class ScheduleMixin:
     def _wants_trace(self) -> bool:
         every = self.steps_per_print()
         return self.section.pipeline.trace is not None and (
-            self.global_steps < TRACED or (bool(every) and (self.global_steps + 1) % every == 0))
+            self.global_steps < self._trace_until or (bool(every) and (self.global_steps + 1) % every == 0))
 
     def _after_step(self, plan: Plan, outcome: Outcome) -> None:
         """Keeps what a recorded step has shown; chooses when there is enough of it."""
@@ -117,7 +117,7 @@ class ScheduleMixin:
 
     def _choose(self) -> None:
         """Rank 0 puts together what all have measured, and chooses; collective."""
-        deepspeed.utils.log_dist("schedule: choosing by what was measured", ranks=[0])
+        self._say("choosing by what was measured")
         control, grid, module = self.process_groups.control, self.process_groups.topology, self.module
         found: list[Any] = [None] * dist.get_world_size()
         paired = any(module.paired_step(stage) is not None for stage in module.stages)
@@ -139,10 +139,16 @@ class ScheduleMixin:
         dist.broadcast_object_list(chosen, src=0, group=control)
         self._follow(chosen[0][0])
         self._plans["training", self._total()] = chosen[0][1]
-        deepspeed.utils.log_dist(f"schedule: {chosen[0][0].why}\n{table(chosen[0][0])}", ranks=[0])
+        self._say(f"{chosen[0][0].why}\n{table(chosen[0][0])}")
+
+    def _say(self, text: str) -> None:
+        """Once for the job, and not through DeepSpeed's logger, which keeps what is not a warning to itself."""
+        if self.process_groups.rank == 0:
+            print(f"megatron_ext: schedule: {text}", flush=True)
 
     def _follow(self, chosen: Choice) -> None:
         """Runs this schedule from the next step on."""
+        self._trace_until = self.global_steps + TRACED
         self._choice = chosen
         self._plans.clear()
         self._durations.clear()

@@ -191,7 +191,8 @@ def check_sizes(world_size: int, stages: int, expert_parallel: int, directions: 
         raise ConfigError("megatron_ext.expert_parallel.size", expert_parallel,
                           "must divide the number of replicas of the pipeline, "
                           f"{world_size} ranks / {stages} stages = {replicas}",
-                          "mirrored ranks run different stages at the same moment and cannot share an expert group")
+                          "mirrored ranks run different stages at the same moment and cannot share an expert group"
+                          if directions == 2 else "experts are split over the replicas of one stage")
 
 
 def _frozen(placement: Placement) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +42,9 @@ def expected(job: Job) -> dict[str, Any]:
 
 def train(job: Job, times: Times, folder: str | None = None) -> dict[str, Any]:
     """With `times` in the place of what would be measured, so that every run chooses the same."""
-    with patch("megatron_ext.engine.schedule_choice.measured_times", side_effect=lambda *_, **__: times) as measured:
+    said = io.StringIO()
+    with (patch("megatron_ext.engine.schedule_choice.measured_times", side_effect=lambda *_, **__: times) as measured,
+          contextlib.redirect_stdout(said)):
         engine = build(job)
         data, names, losses, norms = batches(engine, job), [], [], []
         for _ in range(job.steps):
@@ -48,11 +52,12 @@ def train(job: Job, times: Times, folder: str | None = None) -> dict[str, Any]:
             losses.append(float(engine.train_batch(data)))
             norms.append(float(engine.get_global_grad_norm()))
         messages = engine._time_messages()
+        traced = recorded_steps(trace) if (trace := job.section.get("trace")) else None
         if folder is not None:
             engine.save_checkpoint(folder)
         return {"names": names, "losses": losses, "norms": norms, "state": gather(engine) if folder is None else None,
                 "messages": messages, "why": engine._choice.why, "seen": [call.args[0] for call in measured.mock_calls],
-                "plan": engine.plan()}
+                "plan": engine.plan(), "traced": traced, "said": said.getvalue()}
 
 
 @pytest.mark.parametrize(("times", "first", "then"), [
@@ -105,6 +110,14 @@ def test_a_choice_that_no_longer_fits_makes_way(pool4: WorkerPool, tmp_path: Pat
     tight = replace(job, section={**job.section, "memory_limit": 3.0})
     found = pool4.run(resume, tight, str(tmp_path))
     assert set(found[0]["after"]) == {"wave"} and all(rank["plan"] == found[0]["plan"] for rank in found)
+
+
+def test_the_choice_is_said_and_traced(pool2: WorkerPool, tmp_path: Path) -> None:
+    job = replace(AUTO, stages=2, micro_batches=4, section={"trace": str(tmp_path)})
+    found, other = pool2.run(train, job, Times(20, 20, 10, pair=32))
+    assert found["traced"] == list(range(1, job.steps + 1)), "the measured steps, and those after the switch"
+    assert found["said"].count("megatron_ext: schedule: ") == 2 and found["why"] in found["said"]
+    assert "activations" in found["said"] and other["said"] == "", "once for the job"
 
 
 def test_really_measured(pool2: WorkerPool) -> None:

@@ -184,7 +184,8 @@ def _open(source: str, stages: int | None, micro_batches: int | None, chunks: in
         missing = "--stages" if stages is None else "--micro-batches"
         raise UserError(f"{source} is made for a size: give {missing}, for example {missing} 8")
     else:
-        plan = schedule(source, stages or 2, micro_batches or 2, times, chunks, memory_limit)
+        sizes = (2 if count is None else count for count in (stages, micro_batches))  # no name: refused by name
+        plan = schedule(source, *sizes, times, chunks, memory_limit)
     return plan, simulate(plan, times).timeline
 
 
