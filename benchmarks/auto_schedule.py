@@ -14,7 +14,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from emulation import WIDTH, Clock, Layer, Seconds, run_ranks
+from emulation import WIDTH, Clock, Layer, Seconds, run_ranks, time_pipeline
 
 RANKS, MICRO_BATCHES = 4, 8
 BEST = 1.02  # a pick this close to the fastest that ran is confirmed
@@ -79,15 +78,7 @@ def measure(rank: int, case: int, rounds: int) -> dict[str, Any]:
     names = [c.name for c in choice.candidates if c.built and c.makespan is not None]
     plans = {name: schedule(name, RANKS, MICRO_BATCHES, choice.times, chunks, regime.memory_limit) for name in names}
     assert engine.plan() == plans[choice.name]
-    run, alone = engine.executor.run, [0.0]
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        outcome = run(*args, **kwargs)
-        alone[0] = time.perf_counter() - began
-        return outcome
-
-    engine.executor.run = timed
+    alone = time_pipeline(engine)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name, plan in plans.items():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from emulation import WIDTH, Clock, Layer, Seconds, run_ranks
+from emulation import WIDTH, Clock, Layer, Seconds, run_ranks, time_pipeline
 
 RANKS, MICRO_BATCHES = 8, 16
 TIMES = Seconds(0.020, 0.020, 0.020)
@@ -137,15 +137,7 @@ def ours(candidate: Ours, seconds: Seconds, clock: Clock) -> tuple[Step, Any]:
     times = Times(seconds.forward, seconds.input_grad, seconds.weight_grad, seconds.pair)
     plan = schedule(candidate.name, RANKS, MICRO_BATCHES, times, candidate.chunks)
     engine.plan = lambda: plan
-    run, alone = engine.executor.run, [0.0]
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        outcome = run(*args, **kwargs)
-        alone[0] = time.perf_counter() - began
-        return outcome
-
-    engine.executor.run = timed
+    alone = time_pipeline(engine)
     data = itertools.repeat(inputs())
 
     def step() -> float:

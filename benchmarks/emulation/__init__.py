@@ -104,8 +104,6 @@ class _Weight(torch.autograd.Function):
 class Layer(nn.Module):
     """Takes `seconds`, and offers the paired step if they have one. All layers of a rank share its clock."""
 
-    splits_weight_grad = True
-
     def __init__(self, seconds: Seconds, clock: Clock):
         super().__init__()
         self.seconds, self.clock = seconds, clock
@@ -126,6 +124,20 @@ class Layer(nn.Module):
         assert self.seconds.pair is not None
         rest = self.seconds.pair - (0.0 if full else self.seconds.weight_grad) - (time.perf_counter() - began)
         self.clock.sleep(rest)
+
+
+def time_pipeline(engine: Any) -> list[float]:
+    """A list of one number: the seconds of the engine's last pipeline, without what comes before and after it."""
+    run, alone = engine.executor.run, [0.0]
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        outcome = run(*args, **kwargs)
+        alone[0] = time.perf_counter() - began
+        return outcome
+
+    engine.executor.run = timed
+    return alone
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> Any:
