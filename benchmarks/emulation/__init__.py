@@ -61,11 +61,10 @@ class Clock:
 
 
 class _Input(torch.autograd.Function):
-    """The identity; takes the time of the forward, and in backward that of the input gradient."""
+    """The identity, which takes the time of the input gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
-        layer.clock.spend(layer.seconds.forward)
         ctx.layer = layer
         return x.clone()
 
@@ -89,8 +88,9 @@ class _Weight(torch.autograd.Function):
         layer, weight = ctx.layer, ctx.weight
 
         def accumulate(main_grad: Tensor) -> None:
-            layer.clock.spend(layer.seconds.weight_grad)
+            began = time.perf_counter()
             main_grad.add_(dy)
+            layer.clock.spend(layer.seconds.weight_grad - (time.perf_counter() - began))
 
         sink = getattr(weight, "weight_grad_sink", None)
         if sink is not None:
@@ -112,7 +112,10 @@ class Layer(nn.Module):
             self.paired_step = self._paired_step
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Input.apply(x.requires_grad_(torch.is_grad_enabled()), self) + _Weight.apply(self.weight, self)
+        began = time.perf_counter()
+        y = _Input.apply(x.requires_grad_(torch.is_grad_enabled()), self) + _Weight.apply(self.weight, self)
+        self.clock.spend(self.seconds.forward - (time.perf_counter() - began))
+        return y
 
     def _paired_step(self, forward: Callable[[], None], backward: Callable[[], None], full: bool) -> None:
         """As long as the schedule counts: a pair whose backward is only "I" leaves its W for later."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,7 +32,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ext.comm.messages import AS_BYTES, HEADER_BYTES, Header, Key, MessageError, Spec, check_sendable
+from megatron_ext.comm.messages import (
+    AS_BYTES,
+    HEADER_BYTES,
+    HEADER_LENGTH,
+    Header,
+    Key,
+    MessageError,
+    Spec,
+    check_sendable,
+)
 
 
 @dataclass(frozen=True)
@@ -62,20 +71,22 @@ class _Outbox:
 
     def send(self, key: Key, tensors: Sequence[Tensor], is_tuple: bool, received: tuple[int, ...]) -> None:
         spec = Spec.of(tensors, is_tuple)
+        if spec == self.previous:
+            spec = self.previous  # which has its offsets worked out
         padded = self.previous is not None and not spec.fits(self.previous)
-        header = Header(key, spec, padded, received).write()
-        parts = self._frames(header, tensors, spec) if self.line.framed else self._apart(header, tensors, padded)
+        words = Header(key, spec, padded, received).write()
+        parts = self._frames(words, tensors, spec) if self.line.framed else self._apart(words, tensors, padded)
         works = [dist.isend(part, self.line.peer, group=group, tag=tag) for part, group, tag in parts]
         self.under_way.append((works, [part for part, _, _ in parts]))
         self.previous = spec
 
-    def _frames(self, header: Tensor, tensors: Sequence[Tensor],
+    def _frames(self, words: Tensor, tensors: Sequence[Tensor],
                 spec: Spec) -> list[tuple[Tensor, ProcessGroup, int]]:
         """A frame with room for the previous layout, and a second one with the payload if that has another."""
         line, before = self.line, self.previous
         room = before.frame_bytes if before is not None else 0
         frames = [torch.empty(HEADER_BYTES + room, dtype=torch.uint8)]
-        frames[0][:HEADER_BYTES].view(torch.int64).copy_(header)
+        frames[0][:HEADER_BYTES].view(torch.int64)[:len(words)] = words
         start = HEADER_BYTES
         if before is None or not spec.fits(before):
             frames.append(torch.empty(spec.frame_bytes, dtype=torch.uint8))
@@ -84,9 +95,11 @@ class _Outbox:
             place.copy_(tensor.detach())
         return [(frame, line.control, line.tag + i) for i, frame in enumerate(frames) if frame.numel()]
 
-    def _apart(self, header: Tensor, tensors: Sequence[Tensor],
+    def _apart(self, words: Tensor, tensors: Sequence[Tensor],
                padded: bool) -> list[tuple[Tensor, ProcessGroup, int]]:
         line, before = self.line, self.previous
+        header = torch.zeros(HEADER_LENGTH, dtype=torch.int64)
+        header[:len(words)] = words
         parts = [(header, line.control, line.tag)]
         padding = [torch.zeros(t.shape, dtype=t.dtype, device=line.device)
                    for t in (before.tensors if before is not None and padded else ())]
@@ -154,6 +167,8 @@ class _Inbox:
         assert self.header is not None
         self.header[1].wait()
         header = Header.read(self.header[0][:HEADER_BYTES].view(torch.int64))
+        if header.spec == self.previous:
+            header = replace(header, spec=self.previous)  # which has its offsets worked out
         if header.key != self.expected[0]:
             raise MessageError(f"rank {self.line.peer} sent the {header.key} where this rank waits for the "
                                f"{self.expected[0]}: the two ranks run different schedules")
