@@ -1,13 +1,22 @@
-"""How a row of activations or gradients looks as bytes in expert dispatch (DeepSeek-V3 report, section 3.3.2).
+"""How a row looks as bytes in expert dispatch and combine (DeepSeek-V3 report, section 3.3.2).
 
-`model` sends the tensor as it is. `bf16` rounds to BF16. `fp8` rounds to E4M3 with a power-of-two scale per 1x128 tile
-and sends a row as its h bytes and one exponent byte per tile, so payload and scales are one message: 0.504 of BF16.
-Whoever does not communicate encodes and decodes all the same, so that every layout rounds the same.
+`model` sends numbers as they are. `bf16` rounds to BF16. `fp8` rounds to E4M3 with a power-of-two scale per 1x128 tile
+and sends a row as its h bytes and one exponent byte per tile. What goes with a token travels in the same row, so there
+is one message per destination:
 
-Shape letters: R rows, h hidden size, b bytes of a row.
+    payload | scales | origin 8 | weights k x 4 | experts k x 2 | padding to words of 8 bytes
+
+With h = 2048 and k = 8 that is 2120 bytes in FP8, 0.518 of the 4096 bytes of a BF16 payload. Whole words make every
+part readable in place, and let rows be gathered and sent as int64. Whoever does not communicate writes and reads rows
+all the same, so that every layout rounds the same.
+
+Shape letters: R rows, h hidden size, k experts of a token, b bytes of a payload, w words of a row.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,12 +25,33 @@ from megatron_ext import fp8
 from megatron_ext.kernels.registry import AUTO
 
 FORMATS = ("model", "bf16", "fp8")
-TILE = 128
+TILE, WORD = 128, 8
+MAX_EXPERTS = 2**15 - 1
+"""Numbers of experts travel in 16 bits."""
 
 
-def row_bytes(wire: str, hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of one row of `hidden` values of `dtype`."""
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of `dtype` are summed in, and what their weights are: FP32, or FP64 for FP64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def payload_bytes(wire: str, hidden: int, dtype: torch.dtype) -> int:
+    """b, the bytes of `hidden` values of `dtype` with their scales."""
     return {"model": hidden * dtype.itemsize, "bf16": 2 * hidden, "fp8": hidden + -(-hidden // TILE)}[wire]
+
+
+def row_bytes(wire: str, hidden: int, dtype: torch.dtype, weights: int = 0, routed: bool = False) -> int:
+    """Bytes of a whole row, in closed form.
+
+    Args:
+        wire: format of the payload.
+        hidden: h.
+        dtype: of the model.
+        weights: how many weights, or gradients of weights, go with the payload: k or 0.
+        routed: whether origin and numbers of experts do (dispatch: k weights and routing; combine: neither; backward
+            of combine: neither; backward of dispatch: k weights).
+    """
+    return Row(wire, hidden, dtype, weights, routed).bytes
 
 
 def encode(x: Tensor, wire: str, backend: str = AUTO) -> Tensor:
@@ -29,23 +59,114 @@ def encode(x: Tensor, wire: str, backend: str = AUTO) -> Tensor:
 
     `backend` is that of the kernels which quantise; all of them write the same bytes.
     """
-    if wire == "model":
-        return x.contiguous().view(torch.uint8)
-    if wire == "bf16":
-        return x.to(torch.bfloat16).contiguous().view(torch.uint8)
-    quantized = fp8.quantize(x, block=(1, TILE), power_of_two=True, backend=backend)
-    # A power of two is its FP32 exponent field.
-    exponents = (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return torch.cat((quantized.data.view(torch.uint8), exponents), dim=-1)
+    if wire == "fp8":
+        return torch.cat(_quantized(x, backend), dim=-1)
+    return (x if wire == "model" else x.to(torch.bfloat16)).contiguous().view(torch.uint8)
 
 
-def decode(rows: Tensor, wire: str, hidden: int, dtype: torch.dtype, backend: str = AUTO) -> Tensor:
-    """The inverse: [R, b] uint8, contiguous -> [R, h] in `dtype`."""
+def decode(payload: Tensor, wire: str, hidden: int, dtype: torch.dtype, backend: str = AUTO) -> Tensor:
+    """The inverse: [R, b] uint8 -> [R, h] in `dtype`. A view if `wire` is `model`; the bytes of a row are neighbours
+    and begin at a multiple of the numbers' size."""
     if wire == "model":
-        return rows.view(dtype)
+        return payload.view(dtype)
     if wire == "bf16":
-        return rows.view(torch.bfloat16).to(dtype)
-    data, exponents = rows.split((hidden, rows.shape[-1] - hidden), dim=-1)
+        return payload.view(torch.bfloat16).to(dtype)
+    data, exponents = payload.split((hidden, payload.shape[-1] - hidden), dim=-1)
     scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     data = data.contiguous().view(torch.float8_e4m3fn)
     return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize(dtype, backend=backend)
+
+
+def _quantized(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """[R, h] -> [R, h] and [R, h / 128] uint8: E4M3 numbers and the exponents of their scales."""
+    quantized = fp8.quantize(x, block=(1, TILE), power_of_two=True, backend=backend)
+    # A power of two is its FP32 exponent field.
+    exponents = (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+    return quantized.data.view(torch.uint8), exponents
+
+
+@dataclass(frozen=True)
+class Row:
+    """The layout of the rows of one kind of message.
+
+    Attributes:
+        wire: format of the payload.
+        hidden: h.
+        dtype: of the model, which the payload is read into.
+        weights: numbers beside the payload, in `accumulator(dtype)`.
+        routed: whether origin and numbers of experts (as many as weights) go with it.
+        backend: of the kernels that quantise.
+    """
+
+    wire: str
+    hidden: int
+    dtype: torch.dtype
+    weights: int = 0
+    routed: bool = False
+    backend: str = AUTO
+
+    @cached_property
+    def _ends(self) -> tuple[int, int, int, int]:
+        """Where in a row payload, origin, weights and experts end."""
+        payload = payload_bytes(self.wire, self.hidden, self.dtype)
+        origin = _whole(payload) + WORD * self.routed
+        weights = origin + self.weights * self.accumulator.itemsize
+        return payload, origin, weights, weights + 2 * self.weights * self.routed
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """What payloads are summed in, and the dtype of the weights."""
+        return accumulator(self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return _whole(self._ends[-1])
+
+    @property
+    def words(self) -> int:
+        """w."""
+        return self.bytes // WORD
+
+    def write(self, x: Tensor, weights: Tensor | None = None, experts: Tensor | None = None,
+              origin: Tensor | None = None) -> Tensor:
+        """[R, h], [R, k], [R, k] and [R] of any strides -> [R, w] int64."""
+        rows = torch.empty(len(x), self.words, dtype=torch.int64, device=x.device)
+        payload, origins, end, last = self._ends
+        places = rows.view(torch.uint8)
+        if self.wire == "fp8":
+            data, exponents = _quantized(x, self.backend)
+            places[:, : self.hidden] = data
+            places[:, self.hidden : payload] = exponents
+        else:
+            places[:, :payload].view(self.dtype if self.wire == "model" else torch.bfloat16).copy_(x)
+        if weights is not None:
+            places[:, origins:end].view(self.accumulator).copy_(weights)
+        if experts is not None and origin is not None:
+            rows[:, origins // WORD - 1] = origin
+            places[:, end:last].view(torch.int16).copy_(experts)
+        return rows
+
+    def payload(self, rows: Tensor) -> Tensor:
+        """[R, w] -> [R, h] in the model's dtype; may be a view."""
+        return decode(self._bytes(rows, 0, self._ends[0]), self.wire, self.hidden, self.dtype, self.backend)
+
+    def weights_of(self, rows: Tensor) -> Tensor:
+        """[R, w] -> [R, k], a view."""
+        return self._bytes(rows, *self._ends[1:3]).view(self.accumulator)
+
+    def experts_of(self, rows: Tensor) -> Tensor:
+        """[R, w] -> [R, k] int64."""
+        return self._bytes(rows, *self._ends[2:4]).view(torch.int16).to(torch.int64)
+
+    def origin_of(self, rows: Tensor) -> Tensor:
+        """[R, w] -> [R] int64, a view."""
+        return rows[:, self._ends[1] // WORD - 1]
+
+    @staticmethod
+    def _bytes(rows: Tensor, start: int, end: int) -> Tensor:
+        return rows.view(torch.uint8)[:, start:end]
+
+
+def _whole(size: int) -> int:
+    """`size` bytes in whole words."""
+    return -(-size // WORD) * WORD

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +47,7 @@ class PipelineSection(_Section):
         default=None, gt=0, allow_inf_nan=False,
         description="a number above 0 (activations a rank may hold, each its share of the model for one micro-batch), "
         "or null")
+    overlap: bool = Field(default=True, description="true or false")
     trace: str | None = Field(default=None, min_length=1, description="a folder, or null")
 
 
@@ -55,6 +56,12 @@ class ExpertParallelSection(_Section):
     dispatch_dtype: Literal["model", "bf16", "fp8"] | None = Field(
         default=None, description='"model", "bf16", "fp8" or null ("fp8" where FP8 is enabled, else "model")')
     combine_dtype: Literal["model", "bf16"] = Field(default="model", description='"model" or "bf16"')
+    dispatch_chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description='an integer of at least 1 (parts of a rank\'s experts, whose tokens are sent apart) or "auto"')
+    two_hop: bool | Literal["auto"] = Field(default="auto", description='true, false or "auto"')
+    ranks_per_node: int | None = Field(
+        default=None, ge=1, description="an integer of at least 1, or null (what the launcher says)")
 
 
 class Fp8Section(_Section):
@@ -86,6 +93,8 @@ class MegatronExtConfig(_Section):
     kernels: KernelsSection = Field(default=KernelsSection(), description="an object")
     router: RouterSection = Field(default=RouterSection(), description="an object")
     optimizer: OptimizerSection = Field(default=OptimizerSection(), description="an object")
+    recompute: tuple[Literal["attention", "mlp"], ...] = Field(
+        default=(), strict=False, description='a list of "attention" and "mlp"')
 
     def resolved(self) -> dict[str, Any]:
         """Every key with the value in force, as JSON would hold it: for records of a run and for checkpoints."""
@@ -94,13 +103,12 @@ class MegatronExtConfig(_Section):
 
 # What the design has and this version has not, so that the message can say so.
 _LATER_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    (): ("recompute", "ema", "load"),
-    ("pipeline",): ("overlap",),
-    ("expert_parallel",): ("two_hop", "ranks_per_node"),
+    (): ("ema", "load"),
     ("router",): ("sequence_loss",),
 }
 _LATER_VALUES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("kernels", "backend"): ("triton", "cuda", "torch", "deep_gemm"),
+    ("recompute",): ("rms_norm", "mla_up_projection", "swiglu"),
 }
 
 
@@ -129,32 +137,51 @@ def parse_section(ds_config: Mapping[str, Any]) -> MegatronExtConfig:
 def _first_error(document: Any, error: ValidationError) -> ConfigError:
     """The mistake that a reader of the file meets first (pydantic reports unknown keys last)."""
 
+    def real(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        """Without the names that pydantic adds for the types a value might have had."""
+        node, found = document, []
+        for key in path:
+            if isinstance(node, Mapping):
+                [node] = [value for name, value in node.items() if str(name) == str(key)]
+            elif isinstance(node, (list, tuple)) and isinstance(key, int):
+                node = node[key]
+            else:
+                break
+            found.append(key)
+        return tuple(found)
+
     def place(path: tuple[str | int, ...]) -> tuple[int, ...]:
         places, node = [], document
-        for key in path:
-            places.append([str(k) for k in node].index(str(key)))
-            node = node.get(key)
+        for key in real(path):
+            names = [str(k) for k in node] if isinstance(node, Mapping) else [str(i) for i in range(len(node))]
+            places.append(names.index(str(key)))
+            node = list(node.values() if isinstance(node, Mapping) else node)[places[-1]]
         return tuple(places)
 
     details = min(error.errors(), key=lambda details: place(details["loc"]))
-    path = tuple(str(key) for key in details["loc"])
+    path = tuple(str(key) for key in real(details["loc"]))
     name = ".".join((SECTION, *path))
+    value = document
+    for key in real(details["loc"]):
+        value = value[key] if not isinstance(value, Mapping) else {str(k): v for k, v in value.items()}[str(key)]
     if details["type"] == "extra_forbidden":
-        return _unknown_key(path, name, details["input"])
+        return _unknown_key(path, name, value)
     if details["type"] == "invalid_key":
         return ConfigError(name, details["input"], "every key must be a string")
-    return _wrong_value(path, name, details["input"])
+    return _wrong_value(path, name, value)
 
 
 def _wrong_value(path: tuple[str, ...], name: str, value: Any) -> ConfigError:
     section: Any = MegatronExtConfig
-    description = "an object"
+    description, known = "an object", 0
     for key in path:
-        field = section.model_fields[key]
-        section, description = field.annotation, field.description
+        fields = getattr(section, "model_fields", {})
+        if key not in fields:  # an element of a list: `description` is of the whole
+            break
+        section, description, known = fields[key].annotation, fields[key].description, known + 1
     hint = None
     if isinstance(value, str):
-        if value in _LATER_VALUES.get(path, ()):
+        if value in _LATER_VALUES.get(path[:known], ()):
             return ConfigError(name, value, "is not available yet", f"it must be {description} in this version")
         near = difflib.get_close_matches(value, description.split('"')[1::2], n=1)
         hint = f'did you mean "{near[0]}"?' if near else None
@@ -183,4 +210,4 @@ def _fields(level: tuple[str, ...]) -> list[str]:
     section: Any = MegatronExtConfig
     for key in level:
         section = section.model_fields[key].annotation
-    return list(section.model_fields)
+    return list(getattr(section, "model_fields", ()))

@@ -90,6 +90,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
                               weights=self.weight_cache)
         for layer in model.children_with("set_precision"):
             layer.set_precision(precision)
+        model.forget_phases()
         zero = isinstance(self.optimizer, PipelineZeroOptimizer)
         ranks: list[Any] = [None] * dist.get_world_size()
         mine = len(self.optimizer.bit16_groups) if zero else 0, bool(self.routers)
@@ -100,7 +101,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
         self.executor = Executor(
             model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
-            synchronize=get_accelerator().synchronize)
+            synchronize=get_accelerator().synchronize, overlap=section.pipeline.overlap, recompute=section.recompute)
         self._start_schedule()
         self._data_iterator: Iterator[Any] | None = None
         self._batches_compared = False

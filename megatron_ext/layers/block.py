@@ -5,14 +5,19 @@ Letters: B batch, T positions, h hidden.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.fp8 import Precision
 from megatron_ext.layers.attention import LatentAttention
+from megatron_ext.layers.expert_phases import Combine, Dispatch, transit
 from megatron_ext.layers.mlp import MLP
 from megatron_ext.layers.moe import MoE
 from megatron_ext.layers.norm import RMSNorm
+from megatron_ext.layers.phases import Exchange, Passage, Phase, whole
 from megatron_ext.layers.protocol import LayerConfig
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 
@@ -51,7 +56,51 @@ class TransformerBlock(nn.Module):
         self.self_attn.set_precision(precision)
         self.mlp.set_precision(precision)
 
+    def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
+        """The block as layers/phases.py has it; over [B, T, h] in the dtype of x, tokens flat [B T, h].
+
+        attention (with the router), dispatch, mlp per chunk of experts, combine; the shared experts, which `recompute`
+        calls mlp too, need only what attention made and lie behind the dispatch. A dense block is attention and mlp.
+
+        Args:
+            chunks: of experts; by default as many as the dispatcher has.
+        """
+        if isinstance(self.mlp, MLP):
+            return [Phase("attention", ("x",), ("residual",), self._attention),
+                    Phase("mlp", ("residual",), ("x",), self._dense)]
+        dispatcher = self.mlp.dispatcher if chunks is None else replace(self.mlp.dispatcher, chunks=chunks)
+        shared = self.mlp.shared_experts
+        return [
+            Phase("attention", ("x",), ("residual", "tokens", "weights", "experts"), self._route),
+            Dispatch(dispatcher),
+            *([] if shared is None else [Phase("mlp", ("tokens",), ("shared",), lambda _, x: shared(x))]),
+            *(Phase("mlp", (f"rows.{c}",), (f"results.{c}",), partial(self._experts, c))
+              for c in range(dispatcher.parts)),
+            Combine(dispatcher),
+            Phase("sum", ("residual", "mixed", *(() if shared is None else ("shared",))), ("x",), self._sum)]
+
+    def _attention(self, _: Passage, x: Tensor) -> Tensor:
+        return x + self._dropped(self.self_attn(self.input_layernorm(x)))
+
+    def _dense(self, _: Passage, residual: Tensor) -> Tensor:
+        return residual + self._dropped(self.mlp(self.post_attention_layernorm(residual)))
+
+    def _route(self, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        residual = self._attention(passage, x)
+        tokens = self.post_attention_layernorm(residual).flatten(0, -2)
+        routing = self.mlp.gate(tokens)
+        return residual, tokens, routing.weights, routing.experts
+
+    def _experts(self, chunk: int, passage: Passage, rows: Tensor) -> Tensor:
+        return self.mlp.experts(rows, transit(passage).group_sizes(chunk))
+
+    def _sum(self, _: Passage, residual: Tensor, mixed: Tensor, shared: Tensor | None = None) -> Tensor:
+        out = mixed if shared is None else mixed + shared
+        return residual + self._dropped(out.view_as(residual))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, h] -> [B, T, h], in the dtype of x."""
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x)), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+        return whole(self.phases(chunks=1), x)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from megatron_ext.comm.dispatch import Dispatcher
+from megatron_ext.comm.dispatch import Dispatcher, combine, dispatch
 from megatron_ext.fp8 import Precision
 from megatron_ext.layers.experts import Experts
 from megatron_ext.layers.mlp import MLP
@@ -56,10 +56,9 @@ class MoE(nn.Module):
         """[B, T, h] -> [B, T, h], in the dtype of x. All ranks of the expert group must call it together."""
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
-        plan = self.dispatcher.plan(routing.experts, tokens)
-        rows = self.dispatcher.dispatch(tokens, plan)
-        results = self.experts(rows, plan.group_sizes)
-        out = self.dispatcher.combine(results, routing.weights, plan)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
-        return out.view_as(x)
+        transit = self.dispatcher.announce(routing.experts, tokens)
+        transit.start_dispatch(tokens, routing.weights)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
+        rows, weights = dispatch(transit, tokens, routing.weights)
+        out = combine(transit, self.experts(rows, transit.group_sizes()), weights)
+        return (out if shared is None else out + shared).view_as(x)

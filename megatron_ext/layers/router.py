@@ -107,7 +107,8 @@ class Router(nn.Module):
         e_score_correction_bias: FP32 buffer [E] under `noaux_tc`, else None. FP32, bit for bit, under any dtype cast:
             at the biases of the published models (2 to 5) one BF16 spacing is 30 updates of 0.001.
         tokens_per_expert: int64 buffer [E], not saved: tokens routed here since the balancer last looked.
-        count_tokens: False keeps a forward out of the count; the executor clears it for recomputation.
+        count_tokens: whether a forward of training counts; None: if gradients are enabled. The executor says so for
+            every phase, for recomputation runs it once without gradients, when it counts, and once with.
 
     Raises:
         ConfigError: see `check_routing`.
@@ -125,7 +126,7 @@ class Router(nn.Module):
         self.normalise: bool = bool(config.norm_topk_prob)
         self.scale: float = config.routed_scaling_factor
         self.groups, self.groups_per_token = check_routing(config)
-        self.count_tokens = True
+        self.count_tokens: bool | None = None
 
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
@@ -145,7 +146,7 @@ class Router(nn.Module):
             scores = logits.sigmoid() if self.scoring_function == "sigmoid" else logits.softmax(dim=-1)
             experts = self._choose(scores.detach())
             weights = self._weigh(scores.gather(-1, experts))
-        if self.training and self.count_tokens and torch.is_grad_enabled():
+        if self.training and (torch.is_grad_enabled() if self.count_tokens is None else self.count_tokens):
             flat = experts.flatten()
             self.tokens_per_expert.scatter_add_(0, flat, torch.ones_like(flat))
         return Routing(weights, experts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch.distributed import ProcessGroup
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.parallel.layout import NodeLayout
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,18 @@ class ExpertParallel:
         rank: this rank's number in the group.
         name: the name under which DeepSpeed knows the group, `ep_size_<N>`; experts carry it as `group_name`.
             None outside an engine, where parameters are left unmarked.
+        layout: which ranks share a node, if that is known.
+        inter: the ranks of equal local number, one on each node; None if there is one node, or one rank on each.
+        intra: the ranks of this node; likewise.
     """
 
     group: ProcessGroup | None
     size: int
     rank: int
     name: str | None = None
+    layout: NodeLayout | None = None
+    inter: ProcessGroup | None = None
+    intra: ProcessGroup | None = None
 
     @staticmethod
     def single() -> ExpertParallel:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_ext.parallel.expert_parallel import ExpertParallel
+from megatron_ext.parallel.layout import NodeLayout, check_layout
 from megatron_ext.parallel.topology import Topology
 
 Edges = dict[tuple[int, int], ProcessGroup]
@@ -38,6 +39,9 @@ class ProcessGroups:
         pipeline: the P ranks of this replica.
         expert_parallel: None if experts are not split.
         expert_data_parallel: ranks with the same experts.
+        layout: which ranks of the expert group share a node; None if that was not said.
+        inter_node, intra_node: where the expert group spans nodes of several ranks, its ranks of equal local number
+            and its ranks of this node; else None.
         control: all ranks, on the CPU over gloo, for what the host must know without waiting for a device.
         messages: for payloads between stages, per channel (kind and direction). gloo has tags, and one group serves
             all. Elsewhere, by (sender, receiver): NCCL runs what is asked of a group in the order of asking, so a rank
@@ -59,10 +63,14 @@ class ProcessGroups:
     expert_data_parallel_ranks: list[int]
     control: ProcessGroup
     messages: dict[str, ProcessGroup | Edges] = field(default_factory=dict)
+    layout: NodeLayout | None = None
+    inter_node: ProcessGroup | None = None
+    intra_node: ProcessGroup | None = None
 
     @staticmethod
     def create(topology: Topology, timeout: timedelta | None = None,
-               channels: Sequence[str] | None = None, by_edge: bool | None = None) -> ProcessGroups:
+               channels: Sequence[str] | None = None, by_edge: bool | None = None,
+               ranks_per_node: int | None = None) -> ProcessGroups:
         """Makes all groups; collective over the default process group.
 
         Args:
@@ -70,10 +78,17 @@ class ProcessGroups:
             timeout: of every group; the default group's if None.
             channels: names of the pipeline's message channels; those of the topology if None.
             by_edge: a group of messages for every sender and receiver; by default where the backend is not gloo.
+            ranks_per_node: of the launcher or the config; None if nobody cares which ranks share a node.
+
+        Raises:
+            ConfigError: expert groups would lie unevenly in nodes; on every rank, before any group is made.
         """
         rank, everyone = dist.get_rank(), list(range(topology.world_size))
         assert topology.world_size == dist.get_world_size(), (topology, dist.get_world_size())
         timeout = timeout or default_timeout()
+        size, layout = topology.expert_parallel, None
+        if ranks_per_node is not None:
+            layout = check_layout(size, min(ranks_per_node, topology.world_size))
 
         made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
 
@@ -92,6 +107,11 @@ class ProcessGroups:
         pipeline, _ = mine(topology.pipeline_groups())
         expert, expert_ranks = mine(topology.expert_parallel_groups())
         expert_data, expert_data_ranks = mine(topology.expert_data_parallel_groups())
+        inter = intra = None
+        if layout is not None and 1 < layout.ranks_per_node < size:
+            blocks = topology.expert_parallel_groups()
+            inter, _ = mine([ranks for block in blocks for ranks in layout.across(block)])
+            intra, _ = mine([ranks for block in blocks for ranks in layout.within(block)])
         if dist.get_backend() == "gloo":
             control, _ = mine([everyone])
         else:
@@ -101,13 +121,14 @@ class ProcessGroups:
         if dist.get_backend() != "gloo" if by_edge is None else by_edge:
             messages = {c: _by_edge(topology.message_edges(c), rank, timeout) for c in channels}
         return ProcessGroups(topology, rank, timeout, data, data_ranks, model, model_ranks, pipeline, expert,
-                             expert_ranks, expert_data, expert_data_ranks, control, messages)
+                             expert_ranks, expert_data, expert_data_ranks, control, messages, layout, inter, intra)
 
     def expert_placement(self) -> ExpertParallel:
         """What a layer with experts is told when it is built."""
         size = self.topology.expert_parallel
         rank = self.expert_parallel_ranks.index(self.rank)
-        return ExpertParallel(self.expert_parallel if size > 1 else None, size, rank, name=f"ep_size_{size}")
+        return ExpertParallel(self.expert_parallel if size > 1 else None, size, rank, f"ep_size_{size}", self.layout,
+                              self.inter_node, self.intra_node)
 
 
 def _by_edge(edges: Sequence[tuple[int, int]], rank: int, timeout: timedelta) -> Edges:

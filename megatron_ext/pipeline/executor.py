@@ -2,34 +2,42 @@
 
 The executor knows nothing of any schedule. It walks the rank's list; a computation waits for the messages it needs
 and nothing else, a send starts right after the computation that made its data, and receives are posted ahead by the
-messenger. An activation lives from its forward to its input-grad: what is kept of a stage's output is the edge into
-its graph, so the output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients wait in a
-queue of operands (weight_gradients.py) until their W. Where a stage and the next lie on one rank, what passes between
-them is handed over without a message.
+messenger. An activation lives from its forward to its input-grad (stage.py): what is kept of a stage's output is the
+edge into its graph, so the output itself is freed as soon as it is sent, unless autograd needs it. Weight gradients
+wait in a queue of operands (weight_gradients.py) until their W. Where a stage and the next lie on one rank, what passes
+between them is handed over without a message: the same memory, as between any two layers.
 
-A forward-backward pair is one instruction. Its two halves run one after the other, unless a layer of the forward's
-stage offers to run them together (`PipelineModule.paired_step`).
+A forward-backward pair is one instruction, and one micro-batch's communication hides behind the other's computation
+(DeepSeek-V3 report, section 3.2.1, figure 4): the two take turns, the backward first, each going on until it would have
+to wait for an exchange. For blocks of experts that is
+
+    computation     sum B | attention F, shared F | MLP B, W | MLP F | attention B, sum B, W | sum F, attention F, ...
+    communication   combine B       dispatch F    dispatch B   combine F      combine B            dispatch F
+
+Where they have unlike numbers of blocks, the rest of the longer one runs alone. Every rank of an expert group runs the
+same instructions and takes the same turns, so their exchanges meet in the same order. A layer of the forward's stage
+may offer to run the halves together itself (`PipelineModule.paired_step`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_ext.comm.messages import Key, MessageError, Spec, check_sendable
 from megatron_ext.comm.point_to_point import Messenger
 from megatron_ext.config.errors import UserError
+from megatron_ext.layers.phases import Phase
 from megatron_ext.pipeline.instructions import Compute, Message, Pair, Plan, Transfer
-from megatron_ext.pipeline.module import PipelineModule, Value
+from megatron_ext.pipeline.module import PipelineModule
 from megatron_ext.pipeline.random import RandomKey, preserved_generators
+from megatron_ext.pipeline.stage import Gradients, StageLayer, StageRun, Value
 from megatron_ext.pipeline.timeline import Span
 from megatron_ext.pipeline.weight_gradients import WeightGradients
 
@@ -49,9 +57,9 @@ class BatchError(UserError):
 class _Held:
     """What is kept of a forward until its backward."""
 
-    inputs: list[Tensor]  # leaves; those that came from the stage before carry its gradient afterwards
-    roots: list[GradientEdge]  # into the graph: one per output that wants a gradient, or the loss
-    outputs: Spec | None  # what was sent on; None on the last stage
+    run: StageRun
+    inputs: list[Tensor]  # what came from the stage before
+    outputs: Spec  # what was sent on, or the loss
 
 
 @dataclass
@@ -83,13 +91,17 @@ class Executor:
         set_counting: called with True around forwards of a training step and False otherwise, so that routers count
             every token once, however often it is recomputed.
         synchronize: waits for the device; used only while a timeline is recorded.
+        overlap: whether the halves of a pair take turns; if not, the forward comes first and then the backward.
+        recompute: names of phases that keep their inputs only and run again in backward.
     """
 
     def __init__(self, module: PipelineModule, messenger: Messenger, weights: WeightGradients, device: torch.device,
                  cast: torch.dtype | None = None, set_counting: Callable[[bool], None] = lambda _: None,
-                 synchronize: Callable[[], None] = lambda: None):
+                 synchronize: Callable[[], None] = lambda: None, overlap: bool = True,
+                 recompute: Collection[str] = ()):
         self.module, self.messenger, self.weights, self.device = module, messenger, weights, device
         self.cast, self.set_counting, self.synchronize = cast, set_counting, synchronize
+        self.overlap, self.recompute = overlap, recompute
         self.topology = module.topology
         self.replica = self.topology.replica(module.groups.rank)
 
@@ -188,14 +200,34 @@ class _Run:
             self._run_parts(instruction, [self._prefetch(part) for part in instruction.parts])
 
     def _run_parts(self, instruction: Compute | Pair, ready: list[_Input]) -> None:
-        runs = [partial(self._run, part, received) for part, received in zip(instruction.parts, ready, strict=True)]
-        together = self.x.module.paired_step(instruction.stage) if isinstance(instruction, Pair) else None
-        if together is not None and isinstance(instruction, Pair):
-            forward, backward = runs
-            together(forward, backward, instruction.backward.kind == "B")
+        halves = [self._half(part, received) for part, received in zip(instruction.parts, ready, strict=True)]
+        if isinstance(instruction, Pair):
+            together = self.x.module.paired_step(instruction.stage)
+            forward, backward = halves
+            if together is not None:
+                together(forward.finish, backward.finish, instruction.backward.kind == "B")
+                return
+            if self.x.overlap:
+                _take_turns(backward, forward)
+                return
+        for half in halves:
+            half.finish()
+
+    def _half(self, part: Compute, received: _Input) -> _Half:
+        """A computation, ready to run up to its first wait."""
+        half = _Half(self.x.device)
+        if part.kind == "W":
+            half.steps = self._take(part)
         else:
-            for run in runs:
-                run()
+            # Loaded outside of the steps, which leave the generators of random numbers as they were.
+            value = self._load(part.direction, part.micro_batch) if part.kind == "F" and part.stage == 0 else None
+            half.steps = (self._forward(part, received, value, half) if part.kind == "F" else
+                          self._backward(part, received, half))
+        return half
+
+    def _take(self, part: Compute) -> Generator[None, None, None]:
+        self.x.weights.take((part.direction, part.stage, part.micro_batch))
+        yield from ()
 
     def _prefetch(self, part: Compute) -> _Input:
         """Waits for what a computation needs from another stage."""
@@ -219,41 +251,33 @@ class _Run:
             check_sendable(key, value)  # the same rule wherever the next stage is
             self.handed[key] = value
 
-    def _run(self, part: Compute, received: _Input) -> None:
-        where = (part.direction, part.stage, part.micro_batch)
-        if part.kind == "F":
-            self._forward(part, received)
-        elif part.kind == "W":
-            self.x.weights.take(where)
-        else:
-            self._backward(part, received)
-
-    def _forward(self, part: Compute, received: _Input) -> None:
+    def _forward(self, part: Compute, received: _Input, value: Any, half: _Half) -> Generator[None, None, None]:
         d, stage, k = part.direction, part.stage, part.micro_batch
         inputs: list[Tensor] = []
-        if stage == 0:
-            value = self._load(d, k)
-        else:
-            assert received is not None
+        if received is not None:
             inputs, spec = received
             for tensor, t in zip(inputs, spec.tensors, strict=True):
                 tensor.requires_grad_(t.requires_grad and self.training)
             value = tuple(inputs) if spec.is_tuple else inputs[0]
-        is_last = stage == self.last[d]
-        with preserved_generators(self.x.device), torch.set_grad_enabled(self.training):
-            self.x.set_counting(self.training)
-            output: Any = self.x.module.run_stage(stage, value, self._random_key(d, k))
-            if is_last and self.keep_outputs:
-                self.outcome.outputs[d, k] = output
-            if is_last and self.compute_loss:
-                output = self._loss(d, k, output)
-            self.x.set_counting(False)
+        layers = self.x.module.stage_layers(stage)
+        if stage == self.last[d] and (self.keep_outputs or self.compute_loss):
+            layers = [*layers, self._end(d, k)]
+        half.run = StageRun(layers, self._random_key(d, k), self.training, self.x.recompute, self.x.set_counting)
+        output = yield from half.run.forward(value)
         if self.training:
-            given = [output / self.plan.micro_batches_of(d)] if is_last else _tensors(output)
-            roots = [get_gradient_edge(t) for t in given if t.requires_grad]
-            outputs = None if is_last else Spec.of(given, isinstance(output, tuple))
-            self.held[d, stage, k] = _Held(inputs, roots, outputs)
+            self.held[d, stage, k] = _Held(half.run, inputs, Spec.of(_tensors(output), isinstance(output, tuple)))
         self._give(part, output)
+
+    def _end(self, direction: int, micro_batch: int) -> StageLayer:
+        """What follows the last layer: the loss."""
+        def end(_: Any, output: Any) -> Any:
+            if self.keep_outputs:
+                self.outcome.outputs[direction, micro_batch] = output
+            if not self.compute_loss:
+                return output
+            return self._loss(direction, micro_batch, output) / self.plan.micro_batches_of(direction)
+
+        return StageLayer([Phase("loss", ("x",), ("x",), end)])
 
     def _loss(self, direction: int, micro_batch: int, output: Any) -> Tensor:
         loss = output if self.loss_fn is None else self.loss_fn(output, self._labels(direction, micro_batch))
@@ -263,23 +287,43 @@ class _Run:
         self.outcome.losses.append(loss.detach().float().reshape(()))
         return loss
 
-    def _backward(self, part: Compute, received: _Input) -> None:
-        d, stage, k = part.direction, part.stage, part.micro_batch
-        held = self.held.pop((d, stage, k))
-        gradients: list[Tensor | None]
+    def _backward(self, part: Compute, received: _Input, half: _Half) -> Generator[None, None, None]:
+        d, stage, _ = where = part.direction, part.stage, part.micro_batch
+        held = self.held.pop(where)
+        half.run = held.run
+        gradients: Gradients
         if stage == self.last[d]:
-            gradients = [None for _ in held.roots]
+            [loss] = held.outputs.tensors
+            gradients = [torch.ones(loss.shape, dtype=loss.dtype, device=self.x.device)]
         else:
-            assert received is not None and held.outputs is not None
-            gradients = self._check_gradients(part, received[0], held.outputs)
-        defer = (d, stage, k) if part.kind == "I" else None
-        self.x.weights.taken = 0.0
-        with preserved_generators(self.x.device):
-            self.x.weights.backward(held.roots, gradients, defer)
+            assert received is not None
+            arrived = iter(self._check_gradients(part, received[0], held.outputs))
+            gradients = [next(arrived) if t.requires_grad else None for t in held.outputs.tensors]
+        weights = self.x.weights
+        weights.taken = 0.0
+        # Where there is something to wait for, weight gradients fill the time, also in a full backward.
+        fills = part.kind == "B" and self.x.module.overlaps(stage)
+        defer = where if part.kind == "I" or fills else None
+
+        def fill() -> None:
+            if half.other is not None:
+                half.other.advance()
+            if fills:
+                weights.take_queued(where)
+                held.run.advance()
+
+        if part.kind == "I":
+            weights.open(where)  # its W will come, whether anything is queued for it or not
+        found = yield from held.run.backward(
+            gradients, lambda roots, values: weights.backward(roots, values, defer), fill)
+        if fills:
+            weights.take_queued(where)
         if self.record and part.kind == "B":
-            self.outcome.weight_grads[stage].append(self.x.weights.taken)
-        self._give(part, tuple(torch.zeros_like(t) if t.grad is None else t.grad
-                               for t in held.inputs if t.requires_grad))
+            self.outcome.weight_grads[stage].append(weights.taken)
+        if stage:
+            found = found or [None] * len(held.inputs)
+            self._give(part, tuple(torch.zeros_like(t) if gradient is None else gradient
+                                   for t, gradient in zip(held.inputs, found, strict=True) if t.requires_grad))
 
     def _check_gradients(self, part: Compute, found: list[Tensor], outputs: Spec) -> list[Tensor | None]:
         wanted = [t for t in outputs.tensors if t.requires_grad]
@@ -334,6 +378,38 @@ class _Run:
         dtype = self.x.cast if cast and value.is_floating_point() else None
         # A copy in any case: it is read again in backward, when the iterator may have filled its buffer anew.
         return value.detach().to(self.x.device, dtype, non_blocking=True, copy=True)
+
+
+class _Half:
+    """A computation under way: half of a pair, or one alone."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.steps: Iterator[None] = iter(())
+        self.run: StageRun | None = None
+        self.other: _Half | None = None  # the one it takes turns with
+
+    def go_on(self) -> bool:
+        """Runs up to the next wait; returns whether there is one."""
+        with preserved_generators(self.device):
+            return next(self.steps, self) is not self
+
+    def finish(self) -> None:
+        while self.go_on():
+            pass
+
+    def advance(self) -> None:
+        """Moves on the exchanges under way, behind which the other has computed something."""
+        if self.run is not None:
+            self.run.advance()
+
+
+def _take_turns(first: _Half, second: _Half) -> None:
+    first.other, second.other = second, first
+    while first.go_on():
+        second.advance()
+        first, second = second, first
+    second.finish()
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +25,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.config import ConfigError, check_deepspeed_config, load_config, parse_section
 from megatron_ext.layers.linear import split_linears
+from megatron_ext.layers.phases import Phase
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.parallel.placement import Placement
 from megatron_ext.pipeline.choice import PLACEMENTS, in_the_config
 from megatron_ext.pipeline.partition import partition
 from megatron_ext.pipeline.random import RandomKey, current_device, preserved_generators
 from megatron_ext.pipeline.schedules import chunks_of, placement_of
-
-Value = Tensor | tuple[Tensor, ...]
+from megatron_ext.pipeline.stage import StageLayer, Value
 
 
 class _Layer(NamedTuple):
@@ -112,6 +113,7 @@ class PipelineModule(nn.Module):
         self.tied_groups_ranks: dict[str, list[list[int]]] = {}
         self._tied: dict[str, nn.Module] = {}
         self._layers: dict[int, list[_Layer]] = {}
+        self._stage_layers: dict[int, list[StageLayer]] = {}
         with agreed(self.groups.control):  # a layer that cannot be built is on some ranks only
             self._build(specs, self.groups.expert_placement())
         self._mark_tied(specs)
@@ -213,15 +215,36 @@ class PipelineModule(nn.Module):
 
     # -- running
 
-    def run_stage(self, stage: int, value: Value, key: RandomKey) -> Value:
-        """Forward through the layers of one local stage.
+    def stage_layers(self, stage: int) -> list[StageLayer]:
+        """One local stage as phases: those of layers that have some; the layers between them are one phase together.
 
-        Args:
-            stage: one of `self.stages`.
-            value: what the stage before passed on.
-            key: names the random numbers.
+        With `activation_checkpoint_interval` the whole stage is one, for what is recomputed is then runs of layers.
         """
-        layers = self._layers[stage]
+        if stage not in self._stage_layers:
+            found: list[StageLayer] = []
+            for has_phases, group in groupby(self._layers[stage], self._has_phases):
+                layers = list(group)
+                found += ([StageLayer(layer.call.phases(), layer.number) for layer in layers]  # type: ignore
+                          if has_phases else [self._plain(layers)])
+            self._stage_layers[stage] = found or [self._plain([])]
+        return self._stage_layers[stage]
+
+    def forget_phases(self) -> None:
+        """To be called when what `phases()` of a layer returns has changed: its precision, or its chunks."""
+        self._stage_layers.clear()
+
+    def overlaps(self, stage: int) -> bool:
+        """Whether a stage has communication that another micro-batch's computation can hide."""
+        return any(layer.exchanges for layer in self.stage_layers(stage))
+
+    def _has_phases(self, layer: _Layer) -> bool:
+        return not self.activation_checkpoint_interval and hasattr(layer.call, "phases")
+
+    def _plain(self, layers: Sequence[_Layer]) -> StageLayer:
+        return StageLayer([Phase("layers", ("x",), ("x",), lambda passage, x: self._run(layers, passage["key"], x))])
+
+    def _run(self, layers: Sequence[_Layer], key: RandomKey, value: Value) -> Value:
+        """Forward through some layers of a stage, in one graph."""
         interval = self.activation_checkpoint_interval
         if not interval or not torch.is_grad_enabled():
             return _run_layers(layers, key, value)

@@ -1,8 +1,8 @@
 """Random numbers keyed by what is computed, never by who happens to compute it.
 
-Before every layer's forward the generators of the host and of the device are seeded from (seed, step, micro-batch of
-the global batch, layer). The same dropout then falls in every layout of ranks, under recomputation, and after a
-resume, and one process can reproduce any of them.
+Before the forward of every layer, and of every phase of a layer that has phases, the generators of the host and of the
+device are seeded from (seed, step, micro-batch of the global batch, layer, phase). The same dropout then falls in every
+layout of ranks, under recomputation, and after a resume, and one process can reproduce any of them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class RandomKey:
     step: int
     micro_batch: int
 
-    def seed_layer(self, layer: int) -> None:
-        """Seeds torch's default generators, of the host and of the current device.
+    def seed_layer(self, layer: int, phase: int = 0) -> None:
+        """Seeds torch's default generators, of the host and of the current device, for a phase of a layer.
 
         Not by `torch.manual_seed`: where no CUDA device has been started it keeps the call, with a stack trace, for the
         day one is; that cost 5 ms a layer and grew without end.
         """
-        number, device = mix(self.seed, self.step, self.micro_batch, layer), current_device()
+        number, device = mix(self.seed, self.step, self.micro_batch, layer, phase), current_device()
         torch.default_generator.manual_seed(number)
         if device.type != "cpu":
             torch.get_device_module(device).manual_seed(number)
@@ -56,9 +56,12 @@ class RandomKey:
 @contextmanager
 def preserved_generators(device: torch.device) -> Iterator[None]:
     """Leaves the user's own random streams as they were."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
+    if device.type == "cpu":  # around every computation, so without the loops of fork_rng
+        state = torch.default_generator.get_state()
+        try:
             yield
+        finally:
+            torch.default_generator.set_state(state)
     else:
         with torch.random.fork_rng(devices=[device], device_type=device.type):
             yield

@@ -87,11 +87,24 @@ class WeightGradients:
                 p.grad = None
                 self.whole.add(p)
 
+    def open(self, key: Key) -> None:
+        """Begins the queue of an "I"."""
+        self._queue[key] = []
+
     def take(self, key: Key) -> None:
         """The "W" of a micro-batch: runs what its "I" queued. Nothing, if the stage could not be split."""
         with torch.no_grad():
             for parameter, accumulate in self._queue.pop(key):
                 accumulate(parameter.main_grad)
+
+    def take_queued(self, key: Key) -> None:
+        """Within a full backward: runs what is queued so far, which fills the wait for an exchange."""
+        if self._queue.get(key):
+            began = self.clock() if self.clock is not None else 0.0
+            self.take(key)
+            if self.clock is not None:
+                self.taken += self.clock() - began
+        self._queue.pop(key, None)
 
     @property
     def waiting(self) -> list[Key]:

@@ -1,26 +1,120 @@
-"""Dispatch between ranks: uneven splits, nothing to send, everything to one, and peers that disagree."""
+"""Dispatch between ranks: equal to one process, whatever the routing, the formats, the chunks and the hops."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.comm.dispatch import Dispatcher, DispatchError, exchange
-from megatron_ext.comm.wire import row_bytes
-from megatron_ext.parallel.expert_parallel import ExpertParallel
+from megatron_ext.comm.exchange import Line
+from tests.comm.journeys import STEPS, E, Journey, Steps, choices, expected, travel, travel_all, travel_in_steps
 from tests.distributed.pool import WorkerPool
 
-E, K, H = 4, 2, 256
+
+def close(case: str, found: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float) -> None:
+    for rank, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        for name, value in b.items():
+            torch.testing.assert_close(a[name], value.to(a[name].dtype), rtol=tolerance, atol=tolerance,
+                                       msg=lambda text, n=name, r=rank: f"{case}, {n} of rank {r}: {text}")
 
 
-def here() -> ExpertParallel:
-    return ExpertParallel(dist.group.WORLD, dist.get_world_size(), dist.get_rank(), "ep")
+CASES = {
+    "mixed": choices(9, 4, 0, 7),
+    "experts without tokens": choices(5, 6, 7, 8, among=[0, 2, 5]),
+    "all to rank 0": choices(3, 5, 2, 4, among=[0, 1, 2])[:2],
+    "all to one node": choices(3, 5, 2, 4, among=[4, 5, 6, 7]),
+    "most ranks have no tokens": choices(0, 0, 8, 0),
+    "nobody has tokens": choices(0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("ranks, per_node", [(2, None), (4, None), (4, 2)], ids=["two", "four", "two hops"])
+def test_ranks_equal_one_process(pool2: WorkerPool, pool4: WorkerPool, ranks: int, per_node: int | None):
+    journeys = {case: Journey((experts * 2)[:ranks], per_node=per_node) for case, experts in CASES.items()}
+    found = (pool2 if ranks == 2 else pool4).run(travel_all, list(journeys.values()))
+    for (case, journey), *results in zip(journeys.items(), *found, strict=True):
+        close(case, results, expected(journey), 1e-12)
+        counts = torch.bincount(torch.cat(journey.experts).flatten(), minlength=E).tolist()
+        assert [rows for result in results for rows in result["groups"]] == counts
+
+
+@pytest.mark.parametrize("per_node", [None, 2])
+def test_numbers_are_rounded_where_they_travel_and_nowhere_else(pool4: WorkerPool, per_node: int | None):
+    """In FP64, where nothing else rounds: a number rounded once too often or too seldom is off by 1 in 100."""
+    journeys = [Journey(CASES["mixed"], *formats, per_node=per_node, hidden=130)
+                for formats in (("fp8", "model"), ("bf16", "bf16"), ("fp8", "bf16"))]
+    found = pool4.run(travel_all, journeys)
+    for journey, *results in zip(journeys, *found, strict=True):
+        close(f"{journey.dispatch}, {journey.combine}", results, expected(journey), 1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)], ids=str)
+def test_models_in_other_dtypes(pool4: WorkerPool, dtype: torch.dtype, tolerance: float):
+    journey = Journey(CASES["mixed"], dtype=dtype, per_node=2)
+    exact = Journey(CASES["mixed"], per_node=2)
+    exact.matrices = journey.matrices.double()
+    for name in ("tokens", "weights", "douts"):
+        setattr(exact, name, [part.double() for part in getattr(journey, name)])
+    found = pool4.run(travel, journey)
+    assert all(r["out"].dtype == r["dx"].dtype == dtype and r["dweights"].dtype == torch.float32 for r in found)
+    close(str(dtype), found, expected(exact), tolerance)
+
+
+def differing(found: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [name for name in ("out", "dx", "dweights", "dmatrices") if not found[name].equal(other[name])]
+
+
+def differing_in_parts(journey: Journey, chunks: list[int]) -> dict[tuple, list[str]]:
+    """What is not the same bit for bit as in one chunk, through the graph operations."""
+    whole, found = travel(journey), {}
+    for parts in (replace(journey, chunks=n) for n in chunks):
+        found[parts.chunks, "graph"] = differing(travel(parts), whole)
+        for advance in (True, False):
+            found[parts.chunks, advance] = differing(travel_in_steps(parts, advance), whole)
+    return found
+
+
+@pytest.mark.parametrize("dtype, dispatch, combine, per_node", [
+    (torch.float32, "model", "model", None), (torch.float32, "fp8", "bf16", 2), (torch.bfloat16, "fp8", "model", 2),
+    (torch.bfloat16, "bf16", "bf16", None)], ids=str)
+def test_chunks_change_no_bit(pool2: WorkerPool, pool4: WorkerPool, dtype: torch.dtype, dispatch: str, combine: str,
+                              per_node: int | None):
+    """Nor do starts and finishes apart, with or without `advance`."""
+    pool, chunks = (pool4, [1, 2]) if per_node else (pool2, [1, 2, 3, 4])
+    journey = Journey(CASES["mixed"][: pool.world_size], dispatch, combine, per_node=per_node, dtype=dtype, hidden=40)
+    for differences in pool.run(differing_in_parts, journey, chunks):
+        assert not any(differences.values()), differences
+
+
+def two_at_once(journeys: list[Journey], order: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    steps = [Steps(journey) for journey in journeys]
+    for which, step in order:
+        if step == "advance":
+            steps[which].transit.advance()
+        else:
+            getattr(steps[which], step)()
+    return [each.finish() for each in steps]
+
+
+@pytest.mark.parametrize("per_node, chunks", [(None, 2), (2, 1), (2, 2)])
+def test_two_micro_batches_in_flight_at_once(pool4: WorkerPool, per_node: int | None, chunks: int):
+    """The order of a pair: B's backward is under way whenever A's forward computes, and the other way round."""
+    journeys = [Journey(choices(9, 4, 0, 7, seed=seed), per_node=per_node, chunks=chunks) for seed in (1, 2)]
+    first = [(1, step) for step in STEPS[:3]]
+    pair = [(0, "start_dispatch"), (1, "start_backward"), (0, "advance"), (1, "advance"), (1, "backward"),
+            (0, "experts"), (1, "advance"), (0, "advance"), (0, "combine"), (0, "start_backward"), (0, "backward")]
+    found = pool4.run(two_at_once, journeys, first + pair)
+    for which, journey in enumerate(journeys):
+        close(f"micro-batch {which}", [r[which] for r in found], expected(journey), 1e-12)
 
 
 def exchange_of_a_transposed_tensor() -> torch.Tensor:
     rows = torch.arange(24.0).view(6, 4).t() + 100 * dist.get_rank()  # [4, 6], not contiguous
-    return exchange(rows, [1, 3], [[1, 1], [3, 3]][dist.get_rank()], dist.group.WORLD)
+    line = Line(dist.group.WORLD, links=("node", "node"))
+    return line.start("dispatch", rows, [1, 3], [[1, 1], [3, 3]][dist.get_rank()]).wait()
 
 
 def test_a_tensor_that_is_not_contiguous_arrives_as_it_reads(pool2: WorkerPool):
@@ -30,63 +124,14 @@ def test_a_tensor_that_is_not_contiguous_arrives_as_it_reads(pool2: WorkerPool):
     assert second.equal(torch.cat((rows[1:], rows[1:] + 100)))
 
 
-def round_trip(experts_of_ranks: list[torch.Tensor], dispatch: str, combine: str) -> dict:
-    """Sends tokens that say where they come from; the experts multiply by their number + 1."""
-    rank = dist.get_rank()
-    experts = experts_of_ranks[rank]
-    tokens = len(experts)
-    x = ((3 * torch.arange(tokens)[:, None] + torch.arange(H)) % 16 * 2.0**rank).requires_grad_()
-    weights = torch.ones(tokens, K, requires_grad=True)
-    way = Dispatcher(E, here(), dispatch, combine)
-    plan = way.plan(experts, x)
-    rows = way.dispatch(x, plan)
-    local = torch.arange(rank * E // 2, (rank + 1) * E // 2)
-    scale = (local + 1.0).repeat_interleave(torch.tensor(plan.group_sizes))[:, None]
-    out = way.combine(rows * scale, weights, plan)
-    out.sum().backward()
-    return dict(x=x.detach(), out=out.detach(), dx=x.grad, dweights=weights.grad, group_sizes=plan.group_sizes,
-                bytes=way.bytes_sent(plan, H, x.dtype))
+def differing_if_turned(journey: Journey) -> list[str]:
+    whole = travel_in_steps(journey)
+    for name in ("experts", "tokens", "weights", "douts"):  # the same values with the strides of the transpose
+        setattr(journey, name, [part.t().contiguous().t() for part in getattr(journey, name)])
+    assert not journey.tokens[0].is_contiguous()
+    return differing(travel_in_steps(journey), whole)
 
 
-CASES = {
-    "mixed": [torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2], [2, 0]]), torch.tensor([[3, 2], [0, 3]])],
-    "an expert without tokens": [torch.tensor([[0, 3], [3, 0]]), torch.tensor([[2, 0]])],
-    "all to rank 0": [torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 0], [0, 1], [0, 1]])],
-    "all to rank 1": [torch.tensor([[2, 3], [3, 2]]), torch.tensor([[3, 2], [2, 3], [2, 3]])],
-    "rank 1 has no tokens": [torch.tensor([[0, 2], [1, 3], [1, 2]]), torch.empty(0, 2, dtype=torch.int64)],
-    "nobody has tokens": [torch.empty(0, 2, dtype=torch.int64)] * 2,
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dispatch, combine", [("model", "model"), ("fp8", "bf16")])
-def test_there_and_back(pool2: WorkerPool, case: str, dispatch: str, combine: str):
-    """The values have four significant bits, exact in FP8 and BF16."""
-    experts = CASES[case]
-    results = pool2.run(round_trip, experts, dispatch, combine)
-    counts = torch.bincount(torch.cat(experts).flatten(), minlength=E).tolist()
-    assert results[0]["group_sizes"] + results[1]["group_sizes"] == counts
-    for rank, result in enumerate(results):
-        scale = experts[rank] + 1.0
-        assert result["out"].equal(result["x"] * scale.sum(-1, keepdim=True))
-        assert result["dx"].equal(scale.sum(-1, keepdim=True).expand(-1, H))
-        torch.testing.assert_close(result["dweights"], result["x"].sum(-1, keepdim=True) * scale)
-        away = int((experts[rank] // 2 != rank).sum())
-        assert result["bytes"] == away * row_bytes(dispatch, H, torch.float32)
-
-
-def disagree(what: str) -> str:
-    differs = what if dist.get_rank() else None
-    x = torch.randn(3, 64 if differs == "hidden" else 32, dtype=torch.bfloat16 if differs == "dtype" else None)
-    way = Dispatcher(E, here(), "fp8" if differs == "format" else "model")
-    try:
-        way.plan(torch.tensor([[0, 1], [2, 3], [1, 2]]), x)
-    except DispatchError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize("what, word", [("hidden", "size 64"), ("dtype", "bfloat16"), ("format", "dispatch fp8")])
-def test_every_rank_names_a_peer_that_sends_something_else(pool2: WorkerPool, what: str, word: str):
-    for message in pool2.run(disagree, what):
-        assert "expert dispatch: rank" in message and word in message and "hidden size 32 in torch.float32" in message
+@pytest.mark.parametrize("dispatch", ["model", "fp8"])
+def test_tokens_weights_and_gradients_need_not_be_contiguous(pool2: WorkerPool, dispatch: str):
+    assert pool2.run(differing_if_turned, Journey(CASES["mixed"][:2], dispatch, hidden=256)) == [[], []]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_ext import fp8
-from megatron_ext.comm.wire import decode, encode, row_bytes
+from megatron_ext.comm.dispatch import combine, dispatch
+from megatron_ext.comm.wire import Row, decode, encode, payload_bytes, row_bytes
 from megatron_ext.fp8 import tensor
 from megatron_ext.fp8.operators import call
 from megatron_ext.layers.moe import MoE
@@ -26,7 +27,8 @@ MOE = dict(n_routed_experts=2, num_experts_per_tok=2, n_group=1, topk_group=1, h
 def test_round_trip(wire, rows, hidden, dtype):
     x = torch.randn(rows, hidden).to(dtype)
     sent = encode(x, wire)
-    assert sent.shape == (rows, row_bytes(wire, hidden, dtype)) and sent.dtype == torch.uint8 and sent.is_contiguous()
+    assert sent.shape == (rows, payload_bytes(wire, hidden, dtype))
+    assert sent.dtype == torch.uint8 and sent.is_contiguous()
     got = decode(sent, wire, hidden, dtype)
     assert got.dtype == dtype
     expected = {"model": lambda: x, "bf16": lambda: x.bfloat16().to(dtype),
@@ -36,9 +38,31 @@ def test_round_trip(wire, rows, hidden, dtype):
     assert decode(encode(got, wire), wire, hidden, dtype).equal(got)
 
 
-def test_fp8_is_half_of_bf16_with_its_scales():
-    assert row_bytes("fp8", 7168, torch.bfloat16) == 7168 + 56
-    assert row_bytes("fp8", 2048, torch.bfloat16) / row_bytes("bf16", 2048, torch.bfloat16) < 0.505
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden, k", [(256, 8), (130, 3), (7, 1)])
+@pytest.mark.parametrize("wire", ["model", "bf16", "fp8"])
+def test_a_row_brings_what_was_put_in(wire, hidden, k, dtype):
+    layout = Row(wire, hidden, dtype, weights=k, routed=True)
+    x, experts = torch.randn(5, hidden).to(dtype), torch.randint(0, 2**15 - 1, (5, k))
+    weights, origin = torch.randn(5, k, dtype=layout.accumulator), torch.arange(5) + (65535 << 32)
+    rows = layout.write(x, weights, experts, origin)
+    assert rows.shape == (5, layout.words) and rows.nbytes == 5 * row_bytes(wire, hidden, dtype, k, routed=True)
+    assert layout.payload(rows).equal(decode(encode(x, wire), wire, hidden, dtype))
+    assert layout.weights_of(rows).equal(weights)
+    assert layout.experts_of(rows).equal(experts)
+    assert layout.origin_of(rows).equal(origin)
+    back = Row(wire, hidden, dtype, weights=k)
+    assert back.weights_of(rows := back.write(x, weights)).equal(weights)
+    assert back.payload(rows).equal(decode(encode(x, wire), wire, hidden, dtype))
+
+
+def test_the_bytes_of_a_row():
+    assert payload_bytes("fp8", 7168, torch.bfloat16) == 7168 + 56
+    assert row_bytes("fp8", 2048, torch.bfloat16, 8, routed=True) == 2048 + 16 + 8 + 8 * 4 + 8 * 2 == 2120
+    assert row_bytes("fp8", 2048, torch.bfloat16, 8, routed=True) <= 0.53 * row_bytes("bf16", 2048, torch.bfloat16)
+    assert row_bytes("bf16", 2048, torch.bfloat16, 8) == 4096 + 32, "backward of dispatch: no routing"
+    assert row_bytes("model", 5, torch.bfloat16) == 16, "whole words"
+    assert row_bytes("model", 4, torch.float64, 3, routed=True) == 32 + 8 + 24 + 8
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
@@ -70,7 +94,7 @@ def test_the_backend_that_is_named_does_the_work(monkeypatch: pytest.MonkeyPatch
     layer = MoE(SimpleNamespace(**MOE), 0)
     layer.set_expert_parallel(ExpertParallel.single())
     layer.set_precision(fp8.Precision(dispatch_dtype="fp8", backend="reference"))
-    way = layer.dispatcher
-    plan = way.plan(experts, x)
-    way.combine(way.dispatch(x, plan), torch.rand(2, 2), plan).sum().backward()
+    transit = layer.dispatcher.announce(experts, x)
+    rows, weights = dispatch(transit, x, torch.rand(2, 2))
+    combine(transit, rows, weights).sum().backward()
     assert used == {("quantize", "reference"), ("dequantize", "reference")}

@@ -189,8 +189,8 @@ def watch(micro_batches: int) -> dict[str, Any]:
 
 
 def planned_peak(plan: Plan, rank: int) -> int:
-    """Forwards without their input-grad yet, at most."""
-    parts = [part for instruction in plan.compute(rank) for part in instruction.parts]
+    """Forwards without their input-grad yet, at most; of a pair without communication the backward runs first."""
+    parts = [part for instruction in plan.compute(rank) for part in reversed(instruction.parts)]
     return max(itertools.accumulate({"F": 1, "I": -1, "B": -1, "W": 0}[part.kind] for part in parts))
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_ext.pipeline import Plan, Transfer, executor
 from megatron_ext.pipeline.schedules import NAMES
+from megatron_ext.pipeline.stage import StageRun
 from tests.distributed import equality, generic
 from tests.distributed.equality import Case, compare, gather
 from tests.distributed.generic import Job, batches, build
@@ -46,24 +47,32 @@ Call = tuple[Any, ...]
 def listening(engine: Any) -> Iterator[list[Call]]:
     """What is really called, in order: layers, autograd, weight gradients, messages; labels apart."""
     calls: list[Call] = []
-    graphs: dict[int, Call] = {}  # what a backward starts from -> whose forward made it
     grid, module, weights, messenger = engine.module.topology, engine.module, engine.weights, engine.executor.messenger
-    run_stage, backward, take, send, receive, held = (
-        module.run_stage, weights.backward, weights.take, messenger.send, messenger.receive, executor._Held)
+    backward, take, send, receive = weights.backward, weights.take, messenger.send, messenger.receive
+    running: list[Call] = []  # the backwards that have not come to autograd yet
 
-    def on_forward(stage: int, value: Any, key: Any) -> Any:
-        micro_batch, shard = divmod(key.micro_batch, grid.data_parallel_size)
-        calls.append(("F", shard // grid.replicas, stage, micro_batch))
-        return run_stage(stage, value, key)
+    class Listened(StageRun):
+        @property
+        def where(self) -> Call:
+            [stage] = [s for s in module.stages if module.stage_layers(s)[0] is self.layers[0]]
+            micro_batch, shard = divmod(self.key.micro_batch, grid.data_parallel_size)
+            return shard // grid.replicas, stage, micro_batch
 
-    def on_held(inputs: Any, roots: Any, outputs: Any) -> Any:
-        graphs[id(roots)] = next(call for call in reversed(calls) if call[0] == "F")[1:]
-        return held(inputs, roots, outputs)
+        def forward(self, value: Any) -> Any:
+            calls.append(("F", *self.where))
+            return (yield from super().forward(value))
+
+        def backward(self, *arguments: Any) -> Any:
+            running.append(self.where)
+            found = yield from super().backward(*arguments)
+            assert not running, "no gradient was taken"
+            return found
 
     def on_backward(roots: Any, gradients: Any, defer: Any) -> None:
-        where = graphs.pop(id(roots))
-        assert defer in (None, where)
-        calls.append(("B" if defer is None else "I", *where))
+        if running:  # the first phase of its stage
+            where = running.pop()
+            assert defer in (None, where)
+            calls.append(("B" if defer is None else "I", *where))
         backward(roots, gradients, defer)
 
     def on_take(key: Any) -> None:
@@ -80,14 +89,14 @@ def listening(engine: Any) -> Iterator[list[Call]]:
             calls.append(("receive", *key))
         return receive(key, source)
 
-    with (patch.object(module, "run_stage", on_forward), patch.object(executor, "_Held", on_held),
+    with (patch.object(executor, "StageRun", Listened),
           patch.object(weights, "backward", on_backward), patch.object(weights, "take", on_take),
           patch.object(messenger, "send", on_send), patch.object(messenger, "receive", on_receive)):
         yield calls
 
 
 def planned_calls(plan: Plan, rank: int) -> list[Call]:
-    """The same of a plan."""
+    """The same of a plan; of a pair the backward starts."""
     calls: list[Call] = []
     for instruction in plan.instructions[rank]:
         if isinstance(instruction, Transfer):
@@ -95,7 +104,7 @@ def planned_calls(plan: Plan, rank: int) -> list[Call]:
                 calls.append(("send", *instruction.message[:4]))
         else:
             calls += [("receive", *message[:4]) for message in plan.needs(instruction)]
-            calls += [tuple(part) for part in instruction.parts]
+            calls += [tuple(part) for part in reversed(instruction.parts)]
     return calls
 
 

@@ -168,14 +168,18 @@ def test_counts_training_tokens_only_and_exactly():
     x = torch.randn(400, 32)
     for _ in range(3):
         experts = gate(x).experts
-    gate.count_tokens = False  # recompute
+    with torch.no_grad():
+        gate(x)
+    gate.count_tokens = False  # once more, in backward
     gate(x)
-    gate.count_tokens = True
+    counts = 3 * torch.bincount(experts.flatten(), minlength=16)
+    assert gate.tokens_per_expert.equal(counts)
+    gate.count_tokens = True  # a forward that will be recomputed keeps no graph
     with torch.no_grad():
         gate(x)
     gate.eval()
     gate(x)
-    assert gate.tokens_per_expert.equal(3 * torch.bincount(experts.flatten(), minlength=16))
+    assert gate.tokens_per_expert.equal(4 * counts // 3)
     assert gate.tokens_per_expert.max() > 256
 
 

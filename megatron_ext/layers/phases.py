@@ -1,0 +1,108 @@
+"""A layer as a list of phases, so that a pipeline can run one micro-batch's communication behind another's computation
+(DeepSeek-V3 report, section 3.2.1, figure 4).
+
+A layer that offers `phases()` says what it does as a list of `Phase` (computation) and `Exchange` (communication), in
+the order of the forward, over named tensors: "x" is what comes in and, in the end, what goes out. Every phase is an
+autograd graph of its own under a pipeline (pipeline/stage.py), so that its input gradient, its weight gradient and its
+recomputation are separate; an exchange starts and finishes apart, and has its backward written out. `whole` runs the
+same list as one autograd graph, for one process and for the layer's `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Passage = dict[str, Any]
+"""What the phases of one layer keep for one micro-batch besides tensors that are differentiated. Under a pipeline "key"
+is the `RandomKey` of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A computation.
+
+    Attributes:
+        name: by which `recompute` knows it; several phases of a layer may share one ("mlp" of every chunk).
+        reads: names of its arguments.
+        writes: names of its results.
+        call: `call(passage, *arguments)` returns a tensor, or a tuple of them if there are several names.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    call: Callable[..., Any]
+
+    @property
+    def number(self) -> int:
+        """For its random numbers: whatever other phases a layer has, and so whatever the number of chunks."""
+        return int.from_bytes(self.writes[0].encode()[:7], "little")
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """A communication. Tensors come in groups, which can be had one after the other: chunks, for example.
+
+    Attributes:
+        name: for messages.
+        reads: groups of names; backward gives the gradients of a group together.
+        writes: groups of names; forward gives the tensors of a group together.
+        keeps: whether backward needs what was read.
+        parallel: whether anybody else takes part, so that there is something to wait for.
+    """
+
+    name: str
+    reads: Sequence[tuple[str, ...]]
+    writes: Sequence[tuple[str, ...]]
+    keeps: bool
+
+    @property
+    def parallel(self) -> bool: ...
+
+    def start(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Sends, and returns at once."""
+
+    def finish(self, passage: Passage, group: int) -> Sequence[Tensor]:
+        """Waits for one group of `writes`; asked for in order."""
+
+    def start_backward(self, passage: Passage, gradients: Sequence[Sequence[Tensor]]) -> None:
+        """Sends the gradients of all `writes`."""
+
+    def finish_backward(self, passage: Passage, group: int, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Waits for the gradients of one group of `reads`; asked for in order. `tensors`: what was read, if `keeps`."""
+
+    def advance(self, passage: Passage) -> None:
+        """Moves on what is under way, if it takes several steps; waits for the step before."""
+
+    def graph(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        """Start and finish at once, as a part of one autograd graph."""
+
+
+def results(phase: Phase, output: Any) -> tuple[Any, ...]:
+    """What `phase.call` returned, one value per name."""
+    return (output,) if len(phase.writes) == 1 else tuple(output)
+
+
+def whole(phases: Sequence[Phase | Exchange], x: Any, before: Callable[[Phase], None] = lambda _: None) -> Any:
+    """Runs the phases of a layer one after the other in one autograd graph.
+
+    Args:
+        phases: of one layer.
+        x: what the layer is given.
+        before: called with every computation, to seed its random numbers for example.
+    """
+    faces, passage = {"x": x}, {}
+    for phase in phases:
+        if isinstance(phase, Phase):
+            before(phase)
+            output = phase.call(passage, *(faces[name] for name in phase.reads))
+            faces.update(zip(phase.writes, results(phase, output), strict=True))
+        else:
+            groups = phase.graph(passage, [[faces[name] for name in group] for group in phase.reads])
+            for names, tensors in zip(phase.writes, groups, strict=True):
+                faces.update(zip(names, tensors, strict=True))
+    return faces["x"]
