@@ -49,12 +49,13 @@ class Collective:
         self.hops: list[Hop] = []
         self._on_way: _Outward | _Homeward | None = None
         self._announced = time.perf_counter()
-        self._counts = self._line(None).gather("counts", announcement(experts, terms, ep))
+        told, self._first = announcement(experts, terms, ep)
+        self._counts = self._line(None).gather("counts", told)
 
     def _line(self, group: str | None) -> Line:
         """The whole expert group, or the one called `group`."""
         ep, layout = self.ep, self.ep.layout
-        members = range(ep.size)
+        members = list(range(ep.size))
         if group is not None and layout is not None:
             parts = layout.across(members) if group == "inter" else layout.within(members)
             members = next(part for part in parts if ep.rank in part)
@@ -83,28 +84,30 @@ class Collective:
         sizes = Sizes(self._counts.wait(), self.terms, self.ep)
         if self.traffic is not None:
             self.traffic.done("counts", self._announced)
-        experts, self._experts = self._experts, tokens.new_empty(0)
-        self._route(experts, sizes)
+        experts, first = self._experts, self._first
+        del self._experts, self._first
+        self._route(first // self._width, sizes)
         origin = torch.arange(len(tokens), device=tokens.device) + (self.ep.rank << 32)
         rows = self._token.write(tokens, weights, experts, origin)
         self._on_way = _Outward("dispatch", self, rows, self._token)
         return sizes.groups
 
-    def _route(self, experts: Tensor, sizes: Sizes) -> None:
+    def _route(self, chunk_PT: Tensor, sizes: Sizes) -> None:
         """Sets up the hops, and what the first one sends in each chunk."""
-        terms, ep = self.terms, self.ep
-        own, local = terms.num_experts // ep.size, terms.ranks_per_node
-        if terms.two_hop:
-            hop = Hop(self._line("inter"), sizes.between_nodes(), len(experts))
+        tokens = chunk_PT.shape[1]
+        if self.terms.two_hop:
+            hop = Hop(self._line("inter"), sizes.between_nodes(), tokens)
             self.hops = [hop, Hop(self._line("intra"), sizes.within_node(), hop.total)]
-            first = first_local(experts, own, ep.size // local, own * local)
         else:
-            hop = Hop(self._line(None), sizes.one_hop(), len(experts))
+            hop = Hop(self._line(None), sizes.one_hop(), tokens)
             self.hops = [hop]
-            first = first_local(experts, own, ep.size, own)
-        chunk_PT = first // (own // terms.chunks)
-        for _ in range(terms.chunks):
+        for _ in range(self.terms.chunks):
             hop.choose(chunk_PT)
+
+    @property
+    def _width(self) -> int:
+        """Experts of a rank in a chunk."""
+        return self.terms.num_experts // self.ep.size // self.terms.chunks
 
     @property
     def copies(self) -> int:
@@ -127,8 +130,9 @@ class Collective:
         """[T, h]."""
         self._on_way = _Outward("combine_backward", self, self._result_grad.write(dy), self._result_grad)
 
-    def finish_combine_backward(self, chunk: int) -> Copies:
-        return Copies(self._result_grad.payload(self._come_out(chunk)))
+    def finish_combine_backward(self, chunk: int) -> Tensor:
+        """[C', h], the copies that come in this chunk."""
+        return self._result_grad.payload(self._come_out(chunk))
 
     def start_dispatch_backward(self, sums: Tensor, weights: Tensor) -> None:
         """[C, h] and [C, k], both in the accumulator's dtype."""
@@ -163,7 +167,7 @@ class Collective:
         own, local = terms.num_experts // ep.size, terms.ranks_per_node
         experts = self._token.experts_of(rows)
         first = first_local(experts, own, local, own, first_place=ep.rank // local * local)
-        self.hops[1].choose(first // (own // terms.chunks))
+        self.hops[1].choose(first // self._width)
 
 
 class _Outward:

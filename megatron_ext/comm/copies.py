@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 class Copies(NamedTuple):
-    """Some copies that have come, and with a dispatch what came with them.
+    """The copies of tokens that have come in a chunk.
 
     Attributes:
-        payload: [C', h] in the model's dtype.
-        weights: [C', k], or None.
-        experts: [C', k] int64, all of a token's, also those elsewhere; or None.
-        origin: [C'] int64, unique and the same however the copy came; or None. Rows of an expert are in its order.
+        payload: [C', h] in the model's dtype; may be a view of a buffer.
+        weights: [C', k].
+        experts: [C', k] int64, all of a token's; those elsewhere may be any number that is not of an expert here.
+        origin: [C'] int64, unique and the same however the copy came. The rows of an expert are in its order.
     """
 
     payload: Tensor
-    weights: Tensor | None = None
-    experts: Tensor | None = None
-    origin: Tensor | None = None
+    weights: Tensor
+    experts: Tensor
+    origin: Tensor
 
 
 class Transport(Protocol):
@@ -48,8 +48,8 @@ class Transport(Protocol):
     def start_combine_backward(self, dy: Tensor) -> None:
         """Sends the gradient of the output [T, h] the way of the tokens."""
 
-    def finish_combine_backward(self, chunk: int) -> Copies:
-        """Waits for the copies that come first in this chunk."""
+    def finish_combine_backward(self, chunk: int) -> Tensor:
+        """Waits for the copies that come first in this chunk, [C', h]."""
 
     def start_dispatch_backward(self, sums: Tensor, weights: Tensor) -> None:
         """Sends a gradient per copy [C, h], and the gradients of its weights [C, k], both in the accumulator's."""

@@ -108,8 +108,8 @@ class DeepEP:
         x, *_, self._event = self.buffer.dispatch(self._sent(dy), handle=self._handle, async_finish=True)
         self._came = (x,)
 
-    def finish_combine_backward(self, chunk: int) -> Copies:
-        return Copies(self._received(*self._wait()))
+    def finish_combine_backward(self, chunk: int) -> Tensor:
+        return self._received(*self._wait())
 
     def start_dispatch_backward(self, sums: Tensor, weights: Tensor) -> None:
         *came, self._event = self.buffer.combine(sums.to(torch.bfloat16), self._handle, topk_weights=weights,

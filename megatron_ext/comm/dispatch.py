@@ -52,7 +52,8 @@ class Dispatcher:
         combine_dtype: `model` or `bf16`.
         backend: of the kernels that quantise for `fp8`.
         chunks: how many parts the experts of a rank are cut into, so that the first can compute while the others'
-            tokens travel; the next smaller divisor of E/N is taken. Changes no result.
+            tokens travel; the next smaller divisor of E/N is taken. Changes no result (on CPUs the experts' width must
+            be a multiple of 32 for that: torch's SiLU rounds the end of a tensor otherwise than full vectors).
         two_hop: whether tokens travel over `ep.inter` and `ep.intra`; makes no difference in one node, or with one
             rank on each.
         traffic: where bytes and waits are counted.
@@ -100,7 +101,8 @@ class Dispatcher:
             DispatchError: a peer is known to be gone.
         """
         first, last = self.ep.expert_range(self.num_experts)
-        per_node = self.ep.layout.ranks_per_node if self.two_hop and self.ep.inter is not None else 0
+        layout = self.ep.layout if self.two_hop and self.ep.inter is not None else None
+        per_node = 0 if layout is None else layout.ranks_per_node
         terms = Terms(self.num_experts, experts.shape[-1], tokens.shape[-1], tokens.dtype, self.dispatch_dtype,
                       self.combine_dtype, self.parts, per_node)
         with torch.no_grad():

@@ -84,25 +84,25 @@ def _count(numbers: Tensor, size: int) -> Tensor:
     return counts.scatter_add_(1, numbers, torch.ones_like(numbers))[:, :size]
 
 
-def announcement(experts: Tensor, terms: Terms, ep: ExpertParallel) -> Tensor:
+def announcement(experts: Tensor, terms: Terms, ep: ExpertParallel) -> tuple[Tensor, Tensor]:
     """What a rank tells the others: the terms, then rows per expert, copies per rank, copies per node (0 in one hop).
 
     Its length depends on E only, for backends take messages of the wrong length in silence, or abort.
 
     Returns:
-        [8 + 3E] int32, on the device of `experts`.
+        [8 + 3E] int32, on the device of `experts`; and `first_local` at the places of the first hop.
     """
     own = terms.num_experts // ep.size
-    rows = _count(experts.reshape(1, -1), terms.num_experts)
-    ranks = _count(first_local(experts, own, ep.size, own), own)
-    nodes = torch.zeros_like(rows[0])
+    rows = _count(experts.reshape(1, -1), terms.num_experts)[0]
+    first = first_local(experts, own, ep.size, own)
+    ranks, nodes = _count(first, own).flatten(), torch.zeros_like(rows)
     if local := terms.ranks_per_node:
-        found = _count(first_local(experts, own, ep.size // local, own * local), own).flatten()
+        first = first_local(experts, own, ep.size // local, own * local)
+        found = _count(first, own).flatten()
         nodes[: len(found)] = found
-    numbers = torch.cat((rows[0], ranks.flatten(), nodes)).to(torch.int32)
     # A fill per term: a list would be copied to the device from pageable memory, which waits for the device.
     header = [torch.full((1,), n, dtype=torch.int32, device=experts.device) for n in terms.numbers()]
-    return torch.cat((*header, numbers))
+    return torch.cat((*header, torch.cat((rows, ranks, nodes)).to(torch.int32))), first
 
 
 class Sizes:

@@ -66,7 +66,7 @@ def copies_sent(experts: Sequence[Tensor], num_experts: int, layout: NodeLayout,
         visited = torch.zeros(len(chosen), ranks, dtype=torch.bool).scatter_(1, owners.cpu(), True)
         for node, there in enumerate(visited.split(layout.ranks_per_node, dim=1)):
             entry = node * layout.ranks_per_node + layout.local(source) if two_hop else source
-            if two_hop and entry != source:
+            if entry != source:
                 found[source]["fabric"] += int(there.any(1).sum())
             for local, rows in enumerate(there.sum(0).tolist()):
                 target = node * layout.ranks_per_node + local

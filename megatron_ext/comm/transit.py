@@ -35,7 +35,8 @@ class Transit:
 
     Starts return at once, finishes wait; between a start and its finish anything may be computed. All ranks of the
     expert group must start everything, over all transits, in the same order. Finishes are called for chunk 0, 1, ... in
-    order. Nothing here is part of an autograd graph. After its last use a transit holds indices only, no activations.
+    order. On CUDA all is called on one stream, or on streams that wait for each other; NCCL has its own. Nothing here
+    is part of an autograd graph. After its last use a transit holds indices only, no activations.
 
     Attributes:
         chunks: how many parts the experts of this rank are cut into.
@@ -88,9 +89,9 @@ class Transit:
         here = self._transport.finish_dispatch(chunk)
         self._parts.append(here)
         payload = self._gather_payload(here.payload, chunk)
-        experts = torch.cat([part.experts for part in self._parts]) - self._first_expert
-        origin = torch.cat([part.origin for part in self._parts])
-        weights = torch.cat([part.weights for part in self._parts])
+        so_far = [(part.weights, part.experts, part.origin) for part in self._parts]
+        weights, experts, origin = (joined(list(each)) for each in zip(*so_far, strict=True))
+        experts = experts - self._first_expert
 
         first = chunk * self._width
         wanted = (experts >= first) & (experts < first + self._width)
@@ -152,7 +153,7 @@ class Transit:
         """
         assert chunk == self._finished, "chunks are finished in order"
         self._finished += 1
-        payload = self._gather_payload(self._transport.finish_combine_backward(chunk).payload, chunk)
+        payload = self._gather_payload(self._transport.finish_combine_backward(chunk), chunk)
         dcopies = payload.index_select(0, self._pairs[chunk] // self._k).to(weights.dtype)
         dweights = (results.to(weights.dtype) * dcopies).sum(-1)
         return dcopies.mul_(weights.unsqueeze(-1)).to(results.dtype), dweights

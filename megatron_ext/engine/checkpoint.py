@@ -117,6 +117,7 @@ class CheckpointMixin:
                 "numpy": (name, internal.tolist(), *rest), "python": random.getstate(),
                 "data": loader.state_dict() if self.is_first_stage() and hasattr(loader, "state_dict") else None,
                 "optimizer": self._optimizer_layout(), "schedule": self._choice_state(),
+                "dispatch": self._dispatch_state(),
                 "scheduled": [{k: group[k] for k in _SCHEDULED if k in group} for group in self._parameter_groups()]}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -201,6 +202,7 @@ class CheckpointMixin:
         elif not load_module_only:
             self._restore_rank_state(state)
             self._restore_choice(state.get("schedule"))
+            self._restore_dispatch(state.get("dispatch"))
             if load_lr_scheduler_states and self.lr_scheduler is not None:
                 # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
                 for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):

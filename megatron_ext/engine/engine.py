@@ -30,6 +30,8 @@ from megatron_ext.config import ConfigError, MegatronExtConfig, parse_section
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import gradients
 from megatron_ext.engine.checkpoint import CheckpointMixin
+from megatron_ext.engine.dispatch_choice import DispatchMixin
+from megatron_ext.engine.evaluation import EvaluationMixin
 from megatron_ext.engine.optimizers import OptimizerMixin, PipelineZeroOptimizer
 from megatron_ext.engine.report import ReportMixin
 from megatron_ext.engine.schedule_choice import ScheduleMixin
@@ -38,7 +40,6 @@ from megatron_ext.fp8 import Precision, WeightCache, check_backend
 from megatron_ext.layers.balancing import update_biases
 from megatron_ext.layers.router import Router
 from megatron_ext.parallel import agreed
-from megatron_ext.pipeline.evaluation import forward_only
 from megatron_ext.pipeline.executor import BatchError, Batches, Executor
 from megatron_ext.pipeline.module import PipelineModule
 from megatron_ext.pipeline.timeline import Timeline
@@ -47,12 +48,17 @@ from megatron_ext.pipeline.weight_gradients import WeightGradients, hooked_param
 log = logging.getLogger("megatron_ext")
 
 
-class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin, DeepSpeedEngine):
+class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMixin, EvaluationMixin, ReportMixin,
+                     DeepSpeedEngine):
     """What `megatron_ext.initialize` returns for a `PipelineModule`.
 
     Attributes:
         section: the `megatron_ext` section of the config, with defaults.
-        metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of the model, or None).
+        metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of the model, or None), and
+            of this rank's tokens to experts and back `expert_bytes_node` and `expert_bytes_fabric` (sent inside the
+            node and between nodes), `expert_seconds_exposed` (waited for) and `expert_seconds_hidden` (under way
+            while something else was done).
+        expert_traffic: the same by kind: counts, dispatch, combine and their backwards (comm/traffic.py).
         expert_counts: of the last step, per router of this rank by name: tokens per expert [E] over the global batch.
         timeline: of the last recorded step (see `record_next_batch`), on every rank of the recorded pipeline.
     """
@@ -103,6 +109,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
             synchronize=get_accelerator().synchronize, overlap=section.pipeline.overlap, recompute=section.recompute)
         self._start_schedule()
+        self._start_dispatch()
         self._data_iterator: Iterator[Any] | None = None
         self._batches_compared = False
         self._failure: str | None = None
@@ -111,6 +118,7 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
         self.timeline: Timeline | None = None
         self.metrics: dict[str, Any] = {}
         self.expert_counts: dict[str, Tensor] = {}
+        self.expert_traffic: dict[str, dict[str, float]] = {}
         self._split_told = False
         if self.bfloat16_enabled() and self.zero_optimization() and not self.optimizer.use_grad_accum_attribute:
             deepspeed.utils.log_dist(
@@ -235,6 +243,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
     def _train_batch(self) -> Tensor:
         self.tput_timer.start()
         plan = self.plan()
+        self._choose_hops()
+        trial = self._next_chunks()
         batches = self._training_batches()
         self.weights.begin()
         zero = bool(self.zero_optimization())
@@ -242,12 +252,17 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
               gradients.none_left_by_an_error(self.weights.parameters)):
             with self._timed("pipeline"):
                 recorded = self._record or self._measuring() or self._wants_trace()  # from the first: it warms that up
+                began = time.perf_counter()
                 outcome = self.executor.run(plan, batches, self.global_steps, record=recorded)
+                if trial:
+                    self.executor.synchronize()
+                    self._after_trial(time.perf_counter() - began)
             self._sum_tied()
             if zero:
                 gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
         applied = self._step_optimizer() if zero else self._step_without_zero()
         self._balance(applied)
+        self.expert_traffic = self.traffic.take()
         loss = self._mean_loss(outcome.losses)
         self.tput_timer.stop(global_step=True)
         if self._record:
@@ -354,49 +369,3 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, ReportMixin
             raise BatchError(f"{asked_by}: there is no data; give it an iterator"
                              + (", or initialize(training_data=...)" if asked_by == "train_batch" else ""))
         return {d: iterator for d, place in enumerate(self.module.placement) if place[0] == self.module.stage_rank}
-
-    # -- evaluation
-
-    @torch.no_grad()
-    def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
-                   reduce_output: str | None = "avg", bcast_loss: bool = True,
-                   num_micro_batches: int | None = None) -> Any:
-        """Forward only, over all directions.
-
-        Args:
-            data_iter: on ranks where a direction starts: batches of this rank's shard.
-            return_logits: also return the outputs of the last stage, a list where a direction ends, None elsewhere.
-            compute_loss: False returns only those outputs.
-            reduce_output: "avg" for the mean loss; None for every micro-batch's, in the order of the global batch.
-            bcast_loss: the loss is the same on every rank in any case.
-            num_micro_batches: per direction; n if None.
-        """
-        if reduce_output not in ("avg", None):
-            raise ConfigError("reduce_output", reduce_output, 'must be "avg" or None')
-        count = num_micro_batches or self.gradient_accumulation_steps()
-        key = ("evaluation", self._total(count))
-        if key not in self._plans:
-            self._plans[key] = forward_only(self.module.placement, self.module.num_stages, key[1])
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            batches = self._by_direction(data_iter, "eval_batch")
-            outcome = self.executor.run(self._plans[key], batches, self.global_steps, training=False,
-                                        keep_outputs=return_logits or not compute_loss, compute_loss=compute_loss)
-        finally:
-            self.module.train(was_training)
-        outputs = [value for _, value in sorted(outcome.outputs.items())] if self.is_last_stage() else None
-        if not compute_loss:
-            return outputs
-        loss = self._mean_loss(outcome.losses) if reduce_output == "avg" else self._all_losses(outcome.losses, count)
-        return (loss, outputs) if return_logits else loss
-
-    def _all_losses(self, losses: list[Tensor], count: int) -> Tensor:
-        """[n * shards] losses in the order of the global batch; a rank has those of one direction, by micro-batch."""
-        grid = self.process_groups.topology
-        every = torch.zeros(count, grid.data_parallel_size, device=self.device)
-        if losses:
-            [direction] = [d for d, p in enumerate(self.module.placement) if p[-1] == self.module.stage_rank]
-            every[:, grid.shard(direction, grid.replica(self.process_groups.rank))] = torch.stack(losses)
-        dist.all_reduce(every)
-        return every.flatten()

@@ -46,12 +46,20 @@ class ReportMixin:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return worst.item()
 
+    def _traffic_metrics(self) -> dict[str, float]:
+        """Bytes and seconds of this rank's expert traffic in the last step, over all kinds."""
+        total = {what: sum(kind[what] for kind in self.expert_traffic.values())
+                 for what in ("node", "fabric", "exposed", "under_way")}
+        return {"expert_bytes_node": total["node"], "expert_bytes_fabric": total["fabric"],
+                "expert_seconds_exposed": total["exposed"],
+                "expert_seconds_hidden": max(0.0, total["under_way"] - total["exposed"])}
+
     def _report(self, loss: Tensor) -> None:
         """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""
         norm = self.get_global_grad_norm()
         worst = self._worst_violation()
         self.metrics = {"loss": loss.item(), "grad_norm": None if norm is None else float(norm), "lr": self.get_lr()[0],
-                        "max_violation": None if worst < 0 else worst}
+                        "max_violation": None if worst < 0 else worst, **self._traffic_metrics()}
         every = self.steps_per_print()
         due = every is not None and self.global_steps % every == 0
         if due and self.global_rank == 0:
@@ -66,4 +74,4 @@ class ReportMixin:
         if self.monitor.enabled and self.global_rank == 0:
             names = {"loss": "train_loss", "lr": "lr", "grad_norm": "grad_norm", "max_violation": "max_violation"}
             self.monitor.write_events([(f"Train/Samples/{names[k]}", v, self.global_samples)
-                                       for k, v in self.metrics.items() if v is not None])
+                                       for k, v in self.metrics.items() if k in names and v is not None])

@@ -113,14 +113,15 @@ class ScheduleMixin:
             if grid.replicas > 1:
                 folder /= f"replica_{grid.replica(self.process_groups.rank)}"
             write_rank_trace(folder, self.global_steps, self.module.stage_rank, outcome.spans, plan,
-                             self._clock_offset)
+                             self._clock_offset, more={"expert_traffic": self.expert_traffic})
 
     def _choose(self) -> None:
         """Rank 0 puts together what all have measured, and chooses; collective."""
         self._say("choosing by what was measured")
         control, grid, module = self.process_groups.control, self.process_groups.topology, self.module
         found: list[Any] = [None] * dist.get_world_size()
-        paired = any(module.paired_step(stage) is not None for stage in module.stages)
+        paired = any(module.paired_step(stage) is not None or (self.executor.overlap and module.overlaps(stage))
+                     for stage in module.stages)
         dist.all_gather_object(found, (dict(self._durations), self._time_messages(), paired), group=control)
         chosen: list[Any] = [None]
         with agreed(control), choice.in_the_config(grid.directions):

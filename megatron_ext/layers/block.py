@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ext.comm.dispatch import Dispatcher
 from megatron_ext.fp8 import Precision
 from megatron_ext.layers.attention import LatentAttention
 from megatron_ext.layers.expert_phases import Combine, Dispatch, transit
@@ -40,7 +42,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: LayerConfig, layer_index: int):
         super().__init__()
         self.canonical_name = f"model.layers.{layer_index}"
-        self.dropout = config.hidden_dropout
+        self.hidden_size, self.dropout = config.hidden_size, config.hidden_dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -55,6 +57,16 @@ class TransformerBlock(nn.Module):
         """FP8 or the model's dtype for the linears of attention and feed-forward; norms and router stay as they are."""
         self.self_attn.set_precision(precision)
         self.mlp.set_precision(precision)
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """How tokens travel to the experts; None in a dense block."""
+        return self.mlp.dispatcher if isinstance(self.mlp, MoE) else None
+
+    def set_dispatch(self, **changes: Any) -> None:
+        """Changes settings of the dispatcher: `chunks`, `two_hop`, `traffic`. Nothing to do in a dense block."""
+        if isinstance(self.mlp, MoE):
+            self.mlp.dispatcher = replace(self.mlp.dispatcher, **changes)
 
     def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
         """The block as layers/phases.py has it; over [B, T, h] in the dtype of x, tokens flat [B T, h].

@@ -8,6 +8,7 @@ Letters: N ranks of the group = G nodes x L ranks of a node; rank = node * L + l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,32 @@ class NodeLayout:
     def within(self, ranks: Sequence[int]) -> list[list[int]]:
         """The G groups of one node."""
         return [list(ranks[first : first + self.ranks_per_node]) for first in range(0, len(ranks), self.ranks_per_node)]
+
+
+_LAUNCHERS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun's, deepspeed's, Open MPI's
+
+
+def launched_ranks_per_node() -> int | None:
+    """What the launcher says; None if it says nothing, or no number."""
+    said = next((os.environ[name] for name in _LAUNCHERS if name in os.environ), "")
+    return int(said) if said.isdigit() and int(said) else None
+
+
+def check_even(ranks_per_node: Sequence[int | None]) -> None:
+    """Whether the launchers of all ranks say the same.
+
+    Args:
+        ranks_per_node: by rank.
+
+    Raises:
+        ConfigError: nodes have unlike numbers of ranks.
+    """
+    for rank, found in enumerate(ranks_per_node):
+        if found != ranks_per_node[0]:
+            raise ConfigError("megatron_ext.expert_parallel.ranks_per_node", None,
+                              f"the launcher started {ranks_per_node[0]} ranks on the node of rank 0 and {found} on "
+                              f"that of rank {rank}, and expert groups want nodes of one size",
+                              "start as many on every node, or set the key to a number that describes them")
 
 
 def check_layout(expert_parallel: int, ranks_per_node: int) -> NodeLayout:

@@ -91,7 +91,8 @@ class Executor:
         set_counting: called with True around forwards of a training step and False otherwise, so that routers count
             every token once, however often it is recomputed.
         synchronize: waits for the device; used only while a timeline is recorded.
-        overlap: whether the halves of a pair take turns; if not, the forward comes first and then the backward.
+        overlap: whether the halves of a pair take turns, and weight gradients fill the waits of a backward; if not,
+            nothing is computed while an exchange is waited for.
         recompute: names of phases that keep their inputs only and run again in backward.
     """
 
@@ -302,7 +303,7 @@ class _Run:
         weights = self.x.weights
         weights.taken = 0.0
         # Where there is something to wait for, weight gradients fill the time, also in a full backward.
-        fills = part.kind == "B" and self.x.module.overlaps(stage)
+        fills = part.kind == "B" and self.x.overlap and self.x.module.overlaps(stage)
         defer = where if part.kind == "I" or fills else None
 
         def fill() -> None:

@@ -27,6 +27,7 @@ from megatron_ext.config import ConfigError, check_deepspeed_config, load_config
 from megatron_ext.layers.linear import split_linears
 from megatron_ext.layers.phases import Phase
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
+from megatron_ext.parallel.layout import check_even, launched_ranks_per_node
 from megatron_ext.parallel.placement import Placement
 from megatron_ext.pipeline.choice import PLACEMENTS, in_the_config
 from megatron_ext.pipeline.partition import partition
@@ -106,7 +107,7 @@ class PipelineModule(nn.Module):
                                 else [0] * len(specs), grid.total_stages, self.chunks)
         self.placement = [list(place) for place in grid.placement]
         _refuse_untied(specs, [grid.holder_of_stage(stage) for stage in self._stage_of_each_layer()])
-        self.groups = ProcessGroups.create(grid)
+        self.groups = ProcessGroups.create(grid, ranks_per_node=_ranks_per_node(section.expert_parallel))
         self.topology = grid
         self.stage_rank = grid.stage_rank(self.groups.rank)
         self.stages = grid.stages_of(self.stage_rank)
@@ -298,6 +299,16 @@ def _run_layers(layers: Sequence[_Layer], key: RandomKey, value: Value) -> Value
         key.seed_layer(layer.number)
         value = layer.call(value)
     return value
+
+
+def _ranks_per_node(section: Any) -> int | None:
+    """What the config says, or the launcher; collective where experts are split and the config leaves it open."""
+    if section.size == 1 or section.ranks_per_node is not None:
+        return section.ranks_per_node if section.size > 1 else None
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, launched_ranks_per_node())
+    check_even(found)
+    return found[0]
 
 
 def _is_spec(layer: Any) -> bool:

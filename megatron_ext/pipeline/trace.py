@@ -33,7 +33,7 @@ def write_trace(path: str | Path, timeline: Timeline, plan: Plan) -> Path:
 
 
 def write_rank_trace(folder: str | Path, step: int, rank: int, spans: Sequence[Span], plan: Plan,
-                     clock_offset: float = 0.0, unit: str = "s") -> Path:
+                     clock_offset: float = 0.0, unit: str = "s", more: Mapping[str, Any] | None = None) -> Path:
     """Writes what one rank ran in one step; rank 0 also writes the plan.
 
     Args:
@@ -44,6 +44,7 @@ def write_rank_trace(folder: str | Path, step: int, rank: int, spans: Sequence[S
         plan: what was run.
         clock_offset: added to all times, so that the clocks of ranks on several hosts agree.
         unit: of the times: "s", or "" where they mean nothing.
+        more: what else is to be said of the step, for `otherData`: "expert_traffic", say.
 
     Returns:
         The path of the rank's file.
@@ -52,7 +53,7 @@ def write_rank_trace(folder: str | Path, step: int, rank: int, spans: Sequence[S
     shifted = [span._replace(start=span.start + clock_offset, end=span.end + clock_offset) for span in spans]
     if rank == 0:
         write_plan(place / "plan.json", plan)
-    trace = _trace(f"{plan.name}, step {step}", {rank: shifted}, plan, unit, {"step": step})
+    trace = _trace(f"{plan.name}, step {step}", {rank: shifted}, plan, unit, {"step": step, **(more or {})})
     return _write(place / f"rank_{rank:05d}.json", trace)
 
 

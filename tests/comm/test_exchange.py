@@ -89,6 +89,23 @@ def test_chunks_change_no_bit(pool2: WorkerPool, pool4: WorkerPool, dtype: torch
         assert not any(differences.values()), differences
 
 
+def rows_in_both_ways(journey: Journey) -> list[bool]:
+    found = []
+    for two_hop in (False, True):
+        steps = Steps(replace(journey, two_hop=two_hop))
+        for step in STEPS:
+            getattr(steps, step)()
+        steps.finish()
+        found.append((*steps.rows, *steps.row_weights))
+    return [a.equal(b) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_rows_do_not_depend_on_hops(pool4: WorkerPool, chunks: int):
+    journey = Journey(CASES["mixed"], "fp8", chunks=chunks, per_node=2, dtype=torch.bfloat16)
+    assert pool4.run(rows_in_both_ways, journey) == [[True] * 2 * chunks] * 4
+
+
 def two_at_once(journeys: list[Journey], order: list[tuple[int, str]]) -> list[dict[str, Any]]:
     steps = [Steps(journey) for journey in journeys]
     for which, step in order:

@@ -73,7 +73,7 @@ CASES = [
     Case(2, 2, 2, dropout=0.1, steps=3, section=section("fp8", BOTH), micro_batches=6),
     Case(2, 2, 2, steps=2, section=section("fp8", combine_dtype="bf16"), bf16=True),
     Case(2, 4, 4, dropout=0.1, steps=3, section=section("fp8"), micro_batches=6),
-    Case(2, 4, 4, dropout=0.1, steps=3, section=section("model", ("mlp",))),
+    Case(2, 4, 4, dropout=0.1, steps=3, section=section("model", ("mlp",), ranks_per_node=2, two_hop=True)),
     Case(4, 2, 2, dropout=0.1, steps=3, section=section("model", BOTH), micro_batches=10),
     Case(4, 2, 2, dropout=0.1, steps=3, section=section("fp8", ("attention",)), micro_batches=8,
          schedule="dualpipe_zb"),
