@@ -141,8 +141,8 @@ def test_unlike_nodes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("variables, found", [
-    ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "8", "LOCAL_SIZE": "4"}, 8), ({}, None), ({"LOCAL_SIZE": "x"}, None),
-    ({"LOCAL_SIZE": "0"}, None)])
+    ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "8", "LOCAL_SIZE": "4"}, 8), ({}, None),
+    ({"LOCAL_SIZE": "x"}, None), ({"LOCAL_SIZE": "0"}, None)])
 def test_the_launcher_says_how_many_ranks_share_a_node(
     variables: dict[str, str], found: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
