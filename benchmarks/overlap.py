@@ -1,12 +1,12 @@
 """A training step with the all-to-all of experts behind computation, and the same step with both one after the other.
 
 Eight ranks over gloo on this machine: P=4, EP=2. A block's computations sleep (emulation/), its tokens go through the
-library's own dispatch and combine, and every collective of theirs takes as long as a slow link would: a wrapper holds
-a wait back until latency and transfer time have passed since the start, one transfer after the other. In the first
-contest an all-to-all takes as long as a phase, in the second a tenth of it. Steps with and without overlap take turns in one
-run. Reported: the step with overlap against without and against the makespan simulated from the phases
-(pipeline/phases.py), and how much of the communication in pairs no computation hides, by the recorded pairs: whatever
-one takes beyond its computations counts as exposed, the host's own time too.
+library's own dispatch and combine, and each exchange takes as long as a slow link would: a wrapper holds a wait back
+until the transfer's time has passed since its start, one transfer after the other. In the first contest an all-to-all
+takes as long as a phase, in the second a tenth of it. Steps with and without overlap take turns in one run. Reported:
+the step with overlap against without and against the makespan simulated from the phases (pipeline/phases.py), and how
+much of the communication in pairs is hidden, by the recorded pairs: whatever one takes beyond its computations counts
+as exposed, the host's own time too.
 
     python benchmarks/overlap.py --json runs/benchmarks/overlap.json
 """
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from emulation import WIDTH, Clock, Layer, Seconds, run_ranks, time_pipeline
 
-STAGES, EXPERT_PARALLEL, MICRO_BATCHES, BLOCKS = 4, 2, 8, 2  # a direction has half of the micro-batches
-PHASE = 0.040  # of every computation of a block, in seconds
+STAGES, EXPERT_PARALLEL, MICRO_BATCHES, BLOCKS = 4, 2, 16, 2  # a direction has half of the micro-batches
+PHASE = 0.050  # of every computation of a block, in seconds
 LATENCY = 0.0005
 TOKENS, EXPERTS = 8, 4
 
@@ -54,33 +54,32 @@ CONTESTS = [Contest("all-to-all as long as a phase", 1.0, 1.25, 0.9, 0.1),
 
 
 class SlowLink:
-    """Stands in for torch.distributed in comm/exchange.py: collectives that take longer.
+    """Makes exchanges take longer: a wait ends no sooner than a slow link would have brought what it waits for.
 
     Args:
-        transfer: seconds of an all-to-all, of a link that carries one at a time; other collectives take LATENCY.
+        transfer: seconds of an all-to-all, of a link that carries one at a time; the counts take LATENCY.
     """
 
     def __init__(self, transfer: float):
+        from megatron_ext.comm.exchange import Line, UnderWay
+
         self.transfer, self.free = transfer, 0.0
+        self.start, self.gather, self.wait = Line.start, Line.gather, UnderWay.wait
+        Line.start, Line.gather, UnderWay.wait = (  # type: ignore[method-assign]
+            lambda *a, **k: self.slow(self.start(*a, **k), self.transfer),
+            lambda *a, **k: self.slow(self.gather(*a, **k), LATENCY), lambda way: self.late(way))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
+    def slow(self, way: Any, seconds: float) -> Any:
+        begins = max(self.free, time.perf_counter()) if seconds == self.transfer else time.perf_counter()
+        way.until = begins + seconds
+        if seconds == self.transfer:
+            self.free = way.until
+        return way
 
-    def all_gather(self, *args: Any, **kwargs: Any) -> Any:
-        return _Delayed(dist.all_gather(*args, **kwargs), time.perf_counter() + LATENCY)
-
-    def all_to_all_single(self, *args: Any, **kwargs: Any) -> Any:
-        self.free = max(self.free, time.perf_counter()) + self.transfer
-        return _Delayed(dist.all_to_all_single(*args, **kwargs), self.free)
-
-
-class _Delayed:
-    def __init__(self, work: Any, until: float):
-        self.work, self.until = work, until
-
-    def wait(self) -> None:
-        self.work.wait()
-        time.sleep(max(0.0, self.until - time.perf_counter()))
+    def late(self, way: Any) -> Any:
+        found = self.wait(way)
+        time.sleep(max(0.0, way.until - time.perf_counter()))
+        return found
 
 
 class Block(nn.Module):
@@ -128,12 +127,11 @@ def build(clock: Clock) -> Any:
 
 def measure(rank: int, contest: Contest, steps: int) -> dict[str, Any]:
     """One rank: seconds of steps with and without overlap, of recorded pairs, and the simulated makespan."""
-    from megatron_ext.comm import exchange
     from megatron_ext.pipeline import Pair, simulate
     from megatron_ext.pipeline.comparison import times_of_run
     from megatron_ext.pipeline.phases import Phases
 
-    exchange.dist = SlowLink(contest.ratio * PHASE)  # type: ignore[attr-defined]
+    SlowLink(contest.ratio * PHASE)
     engine = build(Clock())
     alone = time_pipeline(engine)
     data = itertools.repeat((torch.full((TOKENS, WIDTH), float(rank)), torch.ones(TOKENS, WIDTH)))

@@ -60,6 +60,20 @@ class _Line:
         return dist.get_backend(self.payload) == "gloo"
 
 
+def _wait(works: Sequence[dist.Work], line: _Line, what: str) -> None:
+    """Waits for a message from or to the peer.
+
+    Raises:
+        MessageError: the peer has died, or has not come within the timeout of the group.
+    """
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        raise MessageError(f"rank {dist.get_rank()} waited for rank {line.peer}, {what}: it has stopped or is late "
+                           f"({error})") from error
+
+
 class _Outbox:
     """The sending end of a channel."""
 
@@ -127,8 +141,7 @@ class _Outbox:
 
     def _let_go(self) -> None:
         works, _ = self.under_way.popleft()
-        for work in works:
-            work.wait()
+        _wait(works, self.line, "a message")
         self.arrived += 1
 
 
@@ -165,7 +178,7 @@ class _Inbox:
         """Waits for the next expected message and puts it in `early`; posts the one after."""
         self.post()
         assert self.header is not None
-        self.header[1].wait()
+        _wait([self.header[1]], self.line, f"the {self.expected[0]}")
         header = Header.read(self.header[0][:HEADER_BYTES].view(torch.int64))
         if header.spec == self.previous:
             header = replace(header, spec=self.previous)  # which has its offsets worked out
@@ -184,17 +197,15 @@ class _Inbox:
         if header.padded or self.previous is None:
             frame, start = torch.empty(spec.frame_bytes, dtype=torch.uint8), 0
             if frame.numel():
-                dist.irecv(frame, line.peer, group=line.control, tag=line.tag + 1).wait()
+                _wait([dist.irecv(frame, line.peer, group=line.control, tag=line.tag + 1)], line, f"the {header.key}")
         return [place.to(line.device) for place in spec.places(frame, start)]
 
     def _came_apart(self, header: Header) -> list[Tensor]:
         buffers, works = self.posted or self._post_payload(header.spec)
-        for work in works:
-            work.wait()
+        _wait(works, self.line, f"the {header.key}")
         if header.padded:
             buffers, works = self._post_payload(header.spec)
-            for work in works:
-                work.wait()
+            _wait(works, self.line, f"the {header.key}")
         return [b if b.dtype == t.dtype else b.view(t.dtype) for b, t in zip(buffers, header.spec.tensors, strict=True)]
 
 

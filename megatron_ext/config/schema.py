@@ -59,6 +59,7 @@ class ExpertParallelSection(_Section):
     dispatch_chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description='an integer of at least 1 (parts of a rank\'s experts, whose tokens are sent apart) or "auto"')
+    transport: Literal["torch", "deep_ep"] = Field(default="torch", description='"torch" or "deep_ep"')
     two_hop: bool | Literal["auto"] = Field(default="auto", description='true, false or "auto"')
     ranks_per_node: int | None = Field(
         default=None, ge=1, description="an integer of at least 1, or null (what the launcher says)")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.comm import deep_ep
 from megatron_ext.comm.dispatch import Dispatcher
 from megatron_ext.comm.traffic import Traffic
 from megatron_ext.config import ConfigError
@@ -45,6 +46,10 @@ class DispatchMixin:
                                   "set megatron_ext.expert_parallel.ranks_per_node")
         self._set_dispatch(traffic=self.traffic, two_hop=section.two_hop is True and ep.layout is not None,
                            chunks=1 if section.dispatch_chunks == "auto" else section.dispatch_chunks)
+        if section.transport == "deep_ep" and self._moe:
+            layer = self._moe[0]
+            buffer = deep_ep.connect(ep, layer.hidden_size, next(layer.parameters()).dtype, self.device)
+            self._set_dispatch(buffer=buffer)
         self._hops_chosen = section.two_hop != "auto"
         self._trials: list[tuple[int, float]] = []
         warnings = [w for r in self.routers.values() if (w := node_limit_warning(r, ep.size, ep.layout)) is not None]
@@ -57,7 +62,7 @@ class DispatchMixin:
             self._say_dispatch(warning)
 
     def _set_dispatch(self, **changes: Any) -> None:
-        self._tuned |= {key: value for key, value in changes.items() if key != "traffic"}
+        self._tuned |= {key: value for key, value in changes.items() if key in ("chunks", "two_hop")}
         for layer in self._moe:
             layer.set_dispatch(**changes)
         self.module.forget_phases()

@@ -6,13 +6,17 @@ import os
 import re
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.comm.dispatch import Dispatcher, DispatchError
+from megatron_ext.comm.dispatch import Dispatcher, DispatchError, Transit
+from megatron_ext.config.errors import UserError
 from tests.comm.journeys import STEPS, E, Journey, Steps, choices, here
+from tests.distributed.equality import Case, batches, build
 from tests.distributed.pool import WorkerError, WorkerPool
 
 DIFFERENCES = {"hidden": "size 64", "dtype": "bfloat16", "dispatch": "dispatch fp8", "combine": "combine bf16",
@@ -89,3 +93,40 @@ def test_a_peer_that_dies_is_noticed_on_every_rank():
         assert re.search(rf"rank {rank} (then )?raised DispatchError: expert dispatch: (dispatch|combine) among ranks "
                          rf"\[0, 1, 2, 3\] failed on rank {rank}", str(caught.value)), str(caught.value)
     assert "rank 3 " in str(caught.value) and "exit code 3" in str(caught.value)
+
+
+# -- in a training step
+
+CASE = Case(2, 2, 2, steps=1, section={"expert_parallel": {"dispatch_chunks": 1}})
+
+
+def die_in_the_step(folder: Path) -> None:
+    """Rank 3 dies in its third dispatch; the others write down what they meet, and end as a script would."""
+    engine = build(CASE)
+    start, left = Transit.start_dispatch, 3
+
+    def start_dispatch(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left and dist.get_rank() == 3:
+            os._exit(3)
+        start(*arguments)
+
+    Transit.start_dispatch = start_dispatch  # type: ignore[method-assign]
+    try:
+        engine.train_batch(batches(engine, CASE))
+    except UserError as error:
+        (folder / str(dist.get_rank())).write_text(f"{type(error).__name__}: {error}")
+    os._exit(4)
+
+
+def test_a_rank_that_dies_in_a_step_ends_it_on_every_rank(tmp_path: Path) -> None:
+    pool = WorkerPool(4)
+    with pytest.raises(WorkerError, match="exit code 3"):
+        pool.run(die_in_the_step, tmp_path)
+    pool.close()
+    met = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert re.match(r"DispatchError: expert dispatch: .* failed on rank 2, a peer has stopped or is late", met[2])
+    for rank in (0, 1):
+        assert re.match(rf"MessageError: rank {rank} waited for rank {rank + 2}, the (activation|gradient|labels) of |"
+                        "DispatchError: expert dispatch", met[rank]), met[rank]

@@ -38,7 +38,7 @@ def train(case: Case) -> dict[str, Any]:
             losses.append(float(engine.train_batch(data)))
             norms.append(float(engine.get_global_grad_norm()))
             for p in engine.weights.parameters:
-                digest.update(p.main_grad.numpy().tobytes())
+                digest.update(p.main_grad.cpu().numpy().tobytes())
     finally:
         executor._Half.go_on = going_on
     found: list[Any] = [None] * dist.get_world_size()
