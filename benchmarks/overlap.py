@@ -6,7 +6,9 @@ until the transfer's time has passed since its start, one transfer after the oth
 takes as long as a phase, in the second a tenth of it. Steps with and without overlap take turns in one run. Reported:
 the step with overlap against without and against the makespan simulated from the phases (pipeline/phases.py), and how
 much of the communication in pairs is hidden, by the recorded pairs: whatever one takes beyond its computations counts
-as exposed, the host's own time too.
+as exposed, the host's own time too. In the third contest the sum of gradients over replicas is slow too, REDUCTION
+for every bucket, and steps in which a stage's gradients set off when it is done take turns with others that wait for
+the end.
 
     python benchmarks/overlap.py --json runs/benchmarks/overlap.json
 """
@@ -35,6 +37,7 @@ from emulation import WIDTH, Clock, Layer, Seconds, run_ranks, time_pipeline
 STAGES, EXPERT_PARALLEL, MICRO_BATCHES, BLOCKS = 4, 2, 16, 2  # a direction has half of the micro-batches
 PHASE = 0.050  # of every computation of a block, in seconds
 LATENCY = 0.0005
+REDUCTION = 0.1
 TOKENS, EXPERTS = 8, 4
 
 
@@ -47,10 +50,12 @@ class Contest:
     slower: float  # at least, without overlap
     hidden: float | None = None  # share of the communication in pairs
     simulated: float | None = None  # how far from the makespan, at most
+    reduction: bool = False  # on and off are about the reduction of gradients
 
 
 CONTESTS = [Contest("all-to-all as long as a phase", 1.0, 1.25, 0.9, 0.1),
-            Contest("all-to-all a tenth of a phase", 0.1, 0.98)]
+            Contest("all-to-all a tenth of a phase", 0.1, 0.98),
+            Contest("gradients reduced behind the drain", 0.1, 1.0, reduction=True)]
 
 
 class SlowLink:
@@ -80,6 +85,32 @@ class SlowLink:
         found = self.wait(way)
         time.sleep(max(0.0, way.until - time.perf_counter()))
         return found
+
+
+def slow_reduction() -> None:
+    """Makes the sums of gradients over replicas take longer, one after the other."""
+    from megatron_ext.engine import reduction
+
+    class Slow:
+        free = 0.0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dist, name)
+
+        def all_reduce(self, *args: Any, **kwargs: Any) -> Any:
+            self.free = max(self.free, time.perf_counter()) + REDUCTION
+            return _Late(dist.all_reduce(*args, **kwargs), self.free)
+
+    reduction.dist = Slow()  # type: ignore[attr-defined]
+
+
+class _Late:
+    def __init__(self, work: Any, until: float):
+        self.work, self.until = work, until
+
+    def wait(self) -> None:
+        self.work.wait()
+        time.sleep(max(0.0, self.until - time.perf_counter()))
 
 
 class Block(nn.Module):
@@ -132,20 +163,29 @@ def measure(rank: int, contest: Contest, steps: int) -> dict[str, Any]:
     from megatron_ext.pipeline.phases import Phases
 
     SlowLink(contest.ratio * PHASE)
+    if contest.reduction:
+        slow_reduction()
     engine = build(Clock())
     alone = time_pipeline(engine)
     data = itertools.repeat((torch.full((TOKENS, WIDTH), float(rank)), torch.ones(TOKENS, WIDTH)))
-    found: dict[str, Any] = {"on": [], "off": [], "pairs": []}
+    found: dict[str, Any] = {"on": [], "off": [], "whole on": [], "whole off": [], "pairs": []}
     messages = []
     for turn in range(steps + 1):
         for name in ("on", "off"):
-            engine.executor.overlap = name == "on"
+            if contest.reduction:
+                engine.reduction.early = name == "on"
+            else:
+                engine.executor.overlap = name == "on"
             dist.barrier()
+            began = time.perf_counter()
             engine.train_batch(data)
-            seconds = torch.tensor(alone[0])
+            seconds = torch.tensor([alone[0], time.perf_counter() - began])
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if turn:  # the first does not count
-                found[name].append(seconds.item())
+                found[name].append(seconds[0].item())
+                found[f"whole {name}"].append(seconds[1].item())
+    if contest.reduction:
+        return found
     engine.executor.overlap = True
     for _ in range(3):
         engine.record_next_batch()
@@ -162,17 +202,22 @@ def measure(rank: int, contest: Contest, steps: int) -> dict[str, Any]:
 
 
 def rows(contest: Contest, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    on, off = (statistics.median(found[name]) for name in ("on", "off"))
+    on, off, whole_on, whole_off = (statistics.median(found[name]) for name in ("on", "off", "whole on", "whole off"))
     size = f"P={STAGES}, EP={EXPERT_PARALLEL}, m={MICRO_BATCHES}, {contest.name}"
 
     def row(name: str, value: float, peer: str, peer_value: float, goal: str, holds: bool | None) -> dict[str, Any]:
         return {"name": f"{name}, {size}", "value": 1000 * value, "unit": "ms", "peer": peer,
                 "peer_value": 1000 * peer_value, "ratio": peer_value / value, "goal": goal, "holds": holds}
 
-    yield row("pipeline with overlap", on, "without", off, f"{contest.slower} or more", off / on >= contest.slower)
+    goal, holds = f"{contest.slower} or more", whole_off / whole_on >= contest.slower
+    if contest.reduction:
+        yield row("whole step", whole_on, "reduced at the end", whole_off, goal, holds)
+        return
+    yield row("pipeline with overlap", on, "without", off, "none", None)
+    yield row("whole step with overlap", whole_on, "without", whole_off, goal, holds)
     within, simulated = contest.simulated, found["simulated"]
-    yield row("pipeline with overlap", on, f"simulated, message {1000 * found['message']:.2f} ms", simulated,
-              f"within {within:.0%}" if within else "none", abs(on / simulated - 1) <= within if within else None)
+    yield row("whole step with overlap", whole_on, f"simulated, message {1000 * found['message']:.2f} ms", simulated,
+              f"within {within:.0%}" if within else "none", abs(whole_on / simulated - 1) <= within if within else None)
     computed = 6 * PHASE * BLOCKS
     communication = 4 * contest.ratio * PHASE * BLOCKS
     exposed = statistics.fmean(found["pairs"]) - computed

@@ -77,7 +77,7 @@ class Dispatcher:
         if self.num_experts > MAX_EXPERTS:
             raise ConfigError("n_routed_experts", self.num_experts, f"must be at most {MAX_EXPERTS}")
         if self.chunks < 1:
-            raise ConfigError("chunks", self.chunks, "must be at least 1")
+            raise ConfigError("megatron_ext.expert_parallel.dispatch_chunks", self.chunks, "must be at least 1")
         if self.two_hop and self.ep.size > 1 and self.ep.layout is None:
             raise ConfigError("megatron_ext.expert_parallel.two_hop", True, "needs to know which ranks share a node",
                               "set megatron_ext.expert_parallel.ranks_per_node")

@@ -28,6 +28,7 @@ from megatron_ext.parallel import agreed
 TRIES = 3  # of each way
 TOKENS = 512  # per rank, that are sent to see which way is faster
 CANDIDATES = (1, 2, 4)  # chunks
+VECTORS = 32  # elements of two AVX-512 vectors of FP32, which torch takes at a time
 WORTH = 0.02  # more chunks must save this share of the pipeline's time, or they are not worth their messages
 
 
@@ -50,16 +51,24 @@ class DispatchMixin:
             layer = self._moe[0]
             buffer = deep_ep.connect(ep, layer.hidden_size, next(layer.parameters()).dtype, self.device)
             self._set_dispatch(buffer=buffer)
-        self._hops_chosen = section.two_hop != "auto"
+        self._own_transport = any(layer.dispatcher.buffer is not None for layer in self._moe)
+        self._hops_chosen = section.two_hop != "auto" or self._own_transport
         self._trials: list[tuple[int, float]] = []
         warnings = [w for r in self.routers.values() if (w := node_limit_warning(r, ep.size, ep.layout)) is not None]
-        mine = max((layer.dispatcher.num_experts // ep.size for layer in self._moe), default=1), warnings[:1]
+        mine = max((self._most_chunks(layer) for layer in self._moe), default=1), warnings[:1]
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine, group=self.process_groups.control)
         most = max(experts for experts, _ in found) if ep.size > 1 and self._tunes_chunks() else 1
         self._candidates = [c for c in CANDIDATES if c <= most] if most > 1 else []
         for warning in [w for _, rank in found for w in rank][:1]:
             self._say_dispatch(warning)
+
+    def _most_chunks(self, layer: Any) -> int:
+        """1 where chunks would change results: torch's SiLU on CPUs rounds the end of a tensor that does not fill whole
+        vectors otherwise than the rest, and what lies there depends on chunks."""
+        if self._own_transport or (self.device.type == "cpu" and layer.expert_width % VECTORS):
+            return 1
+        return layer.dispatcher.num_experts // layer.dispatcher.ep.size
 
     def _set_dispatch(self, **changes: Any) -> None:
         self._tuned |= {key: value for key, value in changes.items() if key in ("chunks", "two_hop")}
@@ -94,11 +103,10 @@ class DispatchMixin:
         """Seconds that random tokens take through one layer's experts and back, in one hop and in two."""
         dispatcher: Dispatcher = layer.dispatcher
         generator = torch.Generator().manual_seed(self.process_groups.rank)
-        per_token = min(8, dispatcher.num_experts)
-        experts = torch.rand(TOKENS, dispatcher.num_experts, generator=generator).topk(per_token).indices
-        tokens = torch.zeros(TOKENS, layer.hidden_size, dtype=next(layer.parameters()).dtype)
-        experts, tokens = experts.to(self.device), tokens.to(self.device)
-        weights = torch.ones(TOKENS, per_token, device=self.device)
+        # Chosen as the router would, groups and all, for the number of nodes that a token visits decides.
+        experts = layer.choose(torch.rand(TOKENS, dispatcher.num_experts, generator=generator).to(self.device))
+        tokens = torch.zeros(TOKENS, layer.hidden_size, dtype=next(layer.parameters()).dtype, device=self.device)
+        weights = torch.ones(experts.shape, device=self.device)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(TRIES + 1):
             for two_hop, found in seconds.items():
@@ -145,21 +153,23 @@ class DispatchMixin:
 
     # -- checkpoints
 
-    def _dispatch_state(self) -> dict[str, Any] | None:
-        """The choice as a checkpoint keeps it; None while it is not made."""
-        return None if self._candidates else dict(self._tuned)
+    def _dispatch_state(self) -> dict[str, Any]:
+        """The choices as a checkpoint keeps them; those that are not made yet are left out."""
+        return {key: self._tuned[key] for key, settled in
+                (("chunks", not self._candidates), ("two_hop", self._hops_chosen)) if settled}
 
     def _restore_dispatch(self, state: dict[str, Any] | None) -> None:
         """Goes on with what the checkpoint's job had chosen, where this config leaves the choice."""
-        section, groups = self.section.expert_parallel, self.process_groups
-        if state is None:
-            return
-        if self._tunes_chunks():
+        state = state or {}
+        if self._tunes_chunks() and "chunks" in state:
             self._candidates = []
             self._set_dispatch(chunks=state["chunks"])
-        if section.two_hop == "auto":
+        if self.section.expert_parallel.two_hop == "auto" and "two_hop" in state:
+            possible = self.process_groups.inter_node is not None
+            if state["two_hop"] and not possible:
+                self._say_dispatch("tokens travelled in two hops when the checkpoint was saved; here there is one node")
             self._hops_chosen = True
-            self._set_dispatch(two_hop=state["two_hop"] and groups.inter_node is not None)
+            self._set_dispatch(two_hop=state["two_hop"] and possible)
 
     def _say_dispatch(self, text: str) -> None:
         if self.process_groups.rank == 0:
@@ -173,7 +183,7 @@ def node_limit_warning(router: Router, expert_parallel: int, layout: Any) -> str
     limit: groups that lie within nodes, of which a token can reach `topk_group`.
     """
     nodes = 1 if layout is None else expert_parallel // layout.ranks_per_node
-    if nodes == 1:
+    if nodes == 1 or router.method == "greedy":  # which knows no groups
         return None
     groups, reached = router.groups, router.groups_per_token
     if groups % nodes:

@@ -33,6 +33,7 @@ from megatron_ext.engine.checkpoint import CheckpointMixin
 from megatron_ext.engine.dispatch_choice import DispatchMixin
 from megatron_ext.engine.evaluation import EvaluationMixin
 from megatron_ext.engine.optimizers import OptimizerMixin, PipelineZeroOptimizer
+from megatron_ext.engine.reduction import Reduction
 from megatron_ext.engine.report import ReportMixin
 from megatron_ext.engine.schedule_choice import ScheduleMixin
 from megatron_ext.engine.shards import compare_first_batches
@@ -56,8 +57,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         section: the `megatron_ext` section of the config, with defaults.
         metrics: of the last step: `loss`, `grad_norm`, `lr`, `max_violation` (worst layer of the model, or None), and
             of this rank's tokens to experts and back `expert_bytes_node` and `expert_bytes_fabric` (sent inside the
-            node and between nodes), `expert_seconds_exposed` (waited for) and `expert_seconds_hidden` (under way
-            while something else was done).
+            node and between nodes), and over gloo `expert_seconds_exposed` (waited for) and
+            `expert_seconds_hidden_at_most` (from a start until it was waited for: the transfer may have been shorter).
         expert_traffic: the same by kind: counts, dispatch, combine and their backwards (comm/traffic.py).
         expert_counts: of the last step, per router of this rank by name: tokens per expert [E] over the global batch.
         timeline: of the last recorded step (see `record_next_batch`), on every rank of the recorded pipeline.
@@ -102,8 +103,12 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         mine = len(self.optimizer.bit16_groups) if zero else 0, bool(self.routers)
         dist.all_gather_object(ranks, mine, group=groups.control)
         self._balances = any(routers for _, routers in ranks)
+        ours = not self.zero_optimization()  # who averages the gradients
         if zero:
             self.optimizer.most_groups = max(count for count, _ in ranks)
+            ours = self.optimizer.averaged = self.optimizer.takes_averages
+        self.reduction = Reduction(model, self.weights.parameters if ours else [], groups, self._reduction_dtype(),
+                                   early=section.pipeline.overlap)
         self.executor = Executor(
             model, Messenger(groups.messages, groups.control, self.device), self.weights, self.device,
             cast=torch.bfloat16 if self.bfloat16_enabled() else None, set_counting=self._set_counting,
@@ -246,18 +251,20 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         self._choose_hops()
         trial = self._next_chunks()
         batches = self._training_batches()
-        self.weights.begin()
         zero = bool(self.zero_optimization())
         with (self.coalesce_grad_reduction() if zero else contextlib.nullcontext(),
-              gradients.none_left_by_an_error(self.weights.parameters)):
+              gradients.none_left_by_an_error(self.weights.parameters), self.reduction.step(plan) as stage_done):
+            self.weights.begin()
             with self._timed("pipeline"):
                 recorded = self._record or self._measuring() or self._wants_trace()  # from the first: it warms that up
                 began = time.perf_counter()
-                outcome = self.executor.run(plan, batches, self.global_steps, record=recorded)
+                outcome = self.executor.run(plan, batches, self.global_steps, record=recorded, stage_done=stage_done)
                 if trial:
                     self.executor.synchronize()
                     self._after_trial(time.perf_counter() - began)
-            self._sum_tied()
+            with self._timed("reduce_gradients"):
+                self._sum_tied()
+                self.reduction.finish()
             if zero:
                 gradients.hand_to_zero(self.weights.parameters, self.optimizer.use_grad_accum_attribute)
         applied = self._step_optimizer() if zero else self._step_without_zero()
@@ -294,11 +301,9 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
             timer.stop()
 
     def _step_without_zero(self) -> bool:
-        """Reduces, clips and steps on the FP32 gradients; a step with a norm that is not finite is skipped."""
+        """Clips and steps on the FP32 gradients; a step with a norm that is not finite is skipped."""
         parameters = self.weights.parameters
-        with self._timed("reduce_gradients"):
-            gradients.reduce_without_zero(parameters, self.process_groups)
-            norm = gradients.global_norm(parameters, self.process_groups, self.device)
+        norm = gradients.global_norm(parameters, self.process_groups, self.device)
         self._global_grad_norm = norm
         if not math.isfinite(norm.item()):
             self.skipped_steps += 1
@@ -322,6 +327,12 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         self.micro_steps += self.gradient_accumulation_steps()
         self.weight_cache.clear()
         return not getattr(self.optimizer, "overflow", False)
+
+    def _reduction_dtype(self) -> torch.dtype:
+        """What gradients travel in: FP32, or under ZeRO what it would have sent, unless FP32 is asked for."""
+        if not self.zero_optimization() or self.optimizer.use_grad_accum_attribute:
+            return torch.float32
+        return self.communication_data_type
 
     def _sum_tied(self) -> None:
         for parameters, group in self._tied_groups:

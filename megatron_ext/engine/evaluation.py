@@ -44,6 +44,7 @@ class EvaluationMixin:
                                         keep_outputs=return_logits or not compute_loss, compute_loss=compute_loss)
         finally:
             self.module.train(was_training)
+            self.traffic.take()  # a training step's counts are its own
         outputs = [value for _, value in sorted(outcome.outputs.items())] if self.is_last_stage() else None
         if not compute_loss:
             return outputs

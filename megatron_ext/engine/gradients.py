@@ -1,9 +1,11 @@
 """From FP32 main gradients to the optimizer: tied layers, ZeRO-1/2, and the path without ZeRO.
 
 ZeRO-1/2 take gradients through DeepSpeed's public `coalesce_grad_reduction`: its hooks are mute during the schedule,
-and one reduction runs at the exit over whatever lies in `param.grad` or, with `grad_accum_dtype` fp32 under ZeRO-1,
-`param.grad_accum`. Our FP32 sums are put there just before. Without ZeRO, DeepSpeed's own reduction and clipping count
-a parameter of a pipeline wrongly (the norm misses every pair but the first, and experts), so both are done here.
+and at the exit it takes whatever lies in `param.grad` or, with `grad_accum_dtype` fp32 under ZeRO-1,
+`param.grad_accum`. Our FP32 gradients are put there just before, averaged over the replicas already (reduction.py) but
+for a few options of ZeRO (optimizers.py), with which it averages them itself. Without ZeRO, DeepSpeed's own reduction
+and clipping count a parameter of a pipeline wrongly (the norm misses every pair but the first, and experts), so both
+are done by us.
 
 Letters: 2D data-parallel shards.
 """
@@ -28,15 +30,14 @@ def is_expert(p: nn.Parameter) -> bool:
     return getattr(p, "allreduce", True) is False
 
 
-def all_reduce_flat(tensors: Iterable[Tensor], group: ProcessGroup, scale: float = 1.0) -> None:
-    """Sums FP32 tensors over a group in place, some buckets of 256 MB at a time, and multiplies by `scale`."""
+def all_reduce_flat(tensors: Iterable[Tensor], group: ProcessGroup) -> None:
+    """Sums FP32 tensors over a group in place, some buckets of 256 MB at a time."""
     bucket: list[Tensor] = []
     size = 0
 
     def flush() -> None:
         flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat, group=group)
-        flat.mul_(scale)
         for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -71,13 +72,6 @@ def none_left_by_an_error(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for p in parameters:
             p.grad = p.grad_accum = None
         raise
-
-
-def reduce_without_zero(parameters: Sequence[nn.Parameter], groups: ProcessGroups) -> None:
-    """Averages main gradients over the global batch: dense ones over 2D replicas, experts over their own."""
-    scale = 1.0 / groups.topology.data_parallel_size
-    all_reduce_flat((p.main_grad for p in parameters if not is_expert(p)), groups.data_parallel, scale)
-    all_reduce_flat((p.main_grad for p in parameters if is_expert(p)), groups.expert_data_parallel, scale)
 
 
 def global_norm(parameters: Sequence[nn.Parameter], groups: ProcessGroups, device: torch.device) -> Tensor:

@@ -3,6 +3,10 @@
 ZeRO computes a norm per parameter group and sums each over the model-parallel group. Experts make a group of their own,
 so a pair of stages without experts has fewer groups than one with, takes part in fewer sums, and the step hangs. Here
 every rank takes part in as many sums as the rank with the most groups.
+
+What ZeRO reduces at the end of a step can be averaged before (reduction.py) and handed over: with its defaults it sums
+a bucket with one all-reduce and keeps its slice, so no more bytes travel. Steps of DualPipe on P = 2, D = 2 over gloo,
+ZeRO-1, 64 MB of FP32 gradients on a rank: 963 ms; averaged at the end 1034 ms, reduced by ZeRO 1067 ms.
 """
 
 from __future__ import annotations
@@ -19,10 +23,35 @@ from megatron_ext.optimizer import AdamW
 
 
 class PipelineZeroOptimizer(DeepSpeedZeroOptimizer):
-    """Takes over an optimizer that DeepSpeed has made, by class assignment; adds no state but `most_groups`."""
+    """Takes over an optimizer that DeepSpeed has made, by class assignment; adds no state but these two."""
 
     most_groups: int = 0
     """Parameter groups on the rank of the job that has the most."""
+    averaged: bool = False
+    """Whether gradients come averaged over the replicas, so that nothing is left to send."""
+
+    @property
+    def takes_averages(self) -> bool:
+        """Whether averaging gradients for ZeRO sends no more than ZeRO itself, and it can go on from there.
+
+        Its own way is an all-reduce of whole buckets too. Not so with `use_multi_rank_bucket_allreduce` false: a reduce
+        to each owner, half the bytes. With `overlap_comm` buckets are filled and read on different streams, which only
+        the reduction between orders. These are left to ZeRO, at the end. Without contiguous gradients its own way is
+        wrong: it sums experts over the ranks that hold others (0.19.8).
+        """
+        by_bucket = self.reduce_scatter and self.use_multi_rank_bucket_allreduce and not self.overlap_comm
+        return self.gradient_average and (by_bucket or not self.contiguous_gradients)
+
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        """A bucket of gradients: sums it over the replicas and divides, or with `averaged` only takes its shard."""
+        if self.averaged:
+            self._add_full_reduction_to_compact_grad_partition(tensor, communication_data_type)
+        else:
+            super().average_tensor(tensor, communication_data_type)
+
+    def allreduce_bucket(self, bucket: list[Tensor], *arguments: Any, **options: Any) -> Tensor:
+        """Gradients summed over the replicas, flat; not contiguous ones come here past `average_tensor`."""
+        return self.flatten(bucket) if self.averaged else super().allreduce_bucket(bucket, *arguments, **options)
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """L2 norm over all groups of all stages; -1 if it is not finite, as in DeepSpeed."""

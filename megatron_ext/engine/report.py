@@ -46,13 +46,16 @@ class ReportMixin:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return worst.item()
 
-    def _traffic_metrics(self) -> dict[str, float]:
-        """Bytes and seconds of this rank's expert traffic in the last step, over all kinds."""
+    def _traffic_metrics(self) -> dict[str, float | None]:
+        """Bytes and seconds of this rank's expert traffic in the last step, over all kinds; seconds over gloo only, for
+        elsewhere it is the device that waits."""
         total = {what: sum(kind[what] for kind in self.expert_traffic.values())
                  for what in ("node", "fabric", "exposed", "under_way")}
+        group = self.process_groups.expert_parallel
+        timed = group is not None and dist.get_backend(group) == "gloo"
         return {"expert_bytes_node": total["node"], "expert_bytes_fabric": total["fabric"],
-                "expert_seconds_exposed": total["exposed"],
-                "expert_seconds_hidden": max(0.0, total["under_way"] - total["exposed"])}
+                "expert_seconds_exposed": total["exposed"] if timed else None,
+                "expert_seconds_hidden_at_most": max(0.0, total["under_way"] - total["exposed"]) if timed else None}
 
     def _report(self, loss: Tensor) -> None:
         """Fills `metrics`; every `steps_per_print` steps logs a line; writes to DeepSpeed's monitors."""

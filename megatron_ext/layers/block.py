@@ -63,6 +63,17 @@ class TransformerBlock(nn.Module):
         """How tokens travel to the experts; None in a dense block."""
         return self.mlp.dispatcher if isinstance(self.mlp, MoE) else None
 
+    @property
+    def expert_width(self) -> int:
+        """I of the routed experts."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.intermediate_size
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """[N, E] scores -> [N, k] experts, as the router chooses."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.gate.choose(scores)
+
     def set_dispatch(self, **changes: Any) -> None:
         """Changes settings of the dispatcher: `chunks`, `two_hop`, `traffic`. Nothing to do in a dense block."""
         if isinstance(self.mlp, MoE):

@@ -10,6 +10,7 @@ same list as one autograd graph, for one process and for the layer's `forward`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +29,7 @@ class Phase:
     Attributes:
         name: by which `recompute` knows it; several phases of a layer may share one ("mlp" of every chunk).
         reads: names of its arguments.
-        writes: names of its results.
+        writes: names of its results; in a layer a name is written once, but for "x", which the last phase writes too.
         call: `call(passage, *arguments)` returns a tensor, or a tuple of them if there are several names.
     """
 
@@ -40,7 +41,7 @@ class Phase:
     @property
     def number(self) -> int:
         """For its random numbers: whatever other phases a layer has, and so whatever the number of chunks."""
-        return int.from_bytes(self.writes[0].encode()[:7], "little")
+        return zlib.crc32(self.writes[0].split(".")[0].encode())
 
 
 @runtime_checkable

@@ -144,15 +144,15 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = _Logits.apply(x, self.weight)
             scores = logits.sigmoid() if self.scoring_function == "sigmoid" else logits.softmax(dim=-1)
-            experts = self._choose(scores.detach())
+            experts = self.choose(scores.detach())
             weights = self._weigh(scores.gather(-1, experts))
         if self.training and (torch.is_grad_enabled() if self.count_tokens is None else self.count_tokens):
             flat = experts.flatten()
             self.tokens_per_expert.scatter_add_(0, flat, torch.ones_like(flat))
         return Routing(weights, experts)
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """[N, E] scores -> [N, k] experts."""
+    def choose(self, scores: Tensor) -> Tensor:
+        """[N, E] scores -> [N, k] experts, by bias and groups."""
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias
         if self.groups_per_token < self.groups:

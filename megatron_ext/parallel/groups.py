@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,12 +91,13 @@ class ProcessGroups:
         if ranks_per_node is not None:
             layout = check_layout(size, min(ranks_per_node, topology.world_size))
 
-        made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
+        made: dict[Any, ProcessGroup] = {}
 
-        def mine(groups: list[list[int]]) -> tuple[ProcessGroup, list[int]]:
+        def mine(groups: list[list[int]], use: str = "") -> tuple[ProcessGroup, list[int]]:
             # Every rank makes all of them, in the same order. The same ranks need one group only: each of gloo's has
-            # a thread that wakes 100 times a second, each of NCCL's its buffers on the device.
-            key = tuple(map(tuple, groups))
+            # a thread that wakes 100 times a second, each of NCCL's its buffers on the device. Tokens have groups of
+            # their own (`use`): in a group things run in the order of asking, and gradients would hold them up.
+            key = use, tuple(map(tuple, groups))
             for ranks in groups if key not in made else ():
                 group = dist.new_group(ranks, timeout=timeout)
                 if rank in ranks:
@@ -105,13 +107,13 @@ class ProcessGroups:
         data, data_ranks = mine(topology.data_parallel_groups())
         model, model_ranks = mine(topology.model_parallel_groups())
         pipeline, _ = mine(topology.pipeline_groups())
-        expert, expert_ranks = mine(topology.expert_parallel_groups())
+        expert, expert_ranks = mine(topology.expert_parallel_groups(), "tokens")
         expert_data, expert_data_ranks = mine(topology.expert_data_parallel_groups())
         inter = intra = None
         if layout is not None and 1 < layout.ranks_per_node < size:
             blocks = topology.expert_parallel_groups()
-            inter, _ = mine([ranks for block in blocks for ranks in layout.across(block)])
-            intra, _ = mine([ranks for block in blocks for ranks in layout.within(block)])
+            inter, _ = mine([ranks for block in blocks for ranks in layout.across(block)], "tokens")
+            intra, _ = mine([ranks for block in blocks for ranks in layout.within(block)], "tokens")
         if dist.get_backend() == "gloo":
             control, _ = mine([everyone])
         else:

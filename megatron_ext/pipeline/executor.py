@@ -22,8 +22,8 @@ may offer to run the halves together itself (`PipelineModule.paired_step`).
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,8 @@ class Executor:
         self.replica = self.topology.replica(module.groups.rank)
 
     def run(self, plan: Plan, batches: Batches, step: int, training: bool = True, keep_outputs: bool = False,
-            record: bool = False, compute_loss: bool = True) -> Outcome:
+            record: bool = False, compute_loss: bool = True,
+            stage_done: Callable[[int], None] | None = None) -> Outcome:
         """One step (or one evaluation) of `plan`.
 
         Args:
@@ -118,6 +119,8 @@ class Executor:
             keep_outputs: keep what the last stages returned.
             record: time every computation, waiting for the device around each.
             compute_loss: False leaves the labels where they are and the losses out.
+            stage_done: called with a stage of this rank once its last backward of the plan has run, of all its
+                micro-batches in all directions: its gradients are complete, but for what other stages add to tied ones.
 
         Raises:
             BatchError: unusable data.
@@ -127,11 +130,16 @@ class Executor:
         self.weights.clock = self._clock if record else None
         try:
             run.expect()
+            left = Counter(_backwards(plan.compute(self.module.stage_rank))) if stage_done is not None else Counter()
             for instruction in plan.instructions[self.module.stage_rank]:
                 if isinstance(instruction, Transfer):
                     run.transfer(instruction)
                 else:
                     run.compute(instruction)
+                    for stage in _backwards([instruction]) if stage_done is not None else []:
+                        left[stage] -= 1
+                        if stage_done is not None and not left[stage]:
+                            stage_done(stage)
             self.messenger.finish()
         finally:
             self.set_counting(False)
@@ -411,6 +419,11 @@ def _take_turns(first: _Half, second: _Half) -> None:
         second.advance()
         first, second = second, first
     second.finish()
+
+
+def _backwards(instructions: Sequence[Compute | Pair]) -> list[int]:
+    """The stages whose weight gradients these take, once for each micro-batch."""
+    return [part.stage for i in instructions for part in i.parts if part.kind in ("B", "W")]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -214,6 +214,12 @@ class PipelineModule(nn.Module):
         """This rank's parameters of a tied key, in order; empty if it has none."""
         return list(self._tied[key].parameters()) if key in self._tied else []
 
+    def stage_parameters(self, stage: int) -> list[nn.Parameter]:
+        """The parameters of one local stage's layers, each once, in order; of those tied to other stages too."""
+        modules = [m for layer in self._layers[stage]  # of a tied layer, the module that its forward_fn is bound to
+                   for m in (layer.call, *getattr(layer.call, "args", ())) if isinstance(m, nn.Module)]
+        return list(dict.fromkeys(p for m in modules for p in m.parameters()))
+
     # -- running
 
     def stage_layers(self, stage: int) -> list[StageLayer]:

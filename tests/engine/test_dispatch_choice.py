@@ -65,11 +65,13 @@ def test_bytes_of_the_metrics_are_those_of_the_traffic(pool4: WorkerPool) -> Non
         assert metrics["expert_bytes_fabric"] == 0, "one node"
         assert metrics["expert_bytes_node"] == sum(kind["node"] for kind in traffic.values())
         assert traffic["combine_backward"]["node"] < traffic["dispatch"]["node"], "no routing goes with gradients"
+        assert metrics["expert_seconds_exposed"] >= 0 and metrics["expert_seconds_hidden_at_most"] >= 0
     assert sum(metrics["expert_bytes_node"] for metrics, _ in pool4.run(measured, case)) > 0
 
 
 def measured(case: Case) -> tuple[Any, Any]:
     engine = build(case)
+    engine.eval_batch(batches(engine, case))  # which counts for nothing
     engine.train_batch(batches(engine, case))
     return engine.metrics, engine.expert_traffic
 
@@ -108,8 +110,32 @@ def test_chunks_are_tried_agreed_kept_and_change_nothing(pool4: WorkerPool, tmp_
 def test_a_choice_that_is_not_made_is_not_saved(pool4: WorkerPool, tmp_path: Path) -> None:
     case = Case(2, 2, 2, micro_batches=2, section=experts(dispatch_chunks="auto"))
     for rank in pool4.run(tune, case, str(tmp_path), 2):
-        assert rank["settled"] is rank["resumed"] is None
+        assert rank["settled"] == rank["resumed"] == {"two_hop": False}, "chunks are still being tried"
         assert rank["trials"] == len(CANDIDATES)
+
+
+def hops(folder: str) -> list[Any]:
+    """What is saved of the hops before the first step and after it, and what a resumed job makes of the latter."""
+    case = replace(TWO_NODES, section=experts(ranks_per_node=2))  # chunks are being tried all the while
+    engine = build(case)
+    before = engine._dispatch_state()
+    measure = dispatch_choice.DispatchMixin._time_way
+    dispatch_choice.DispatchMixin._time_way = lambda self, layer: {False: 2.0, True: 1.0}
+    try:
+        engine.train_batch(batches(engine, case))
+    finally:
+        dispatch_choice.DispatchMixin._time_way = measure
+    engine.save_checkpoint(folder)
+    other = build(case)
+    other.load_checkpoint(folder)
+    return [before, engine._dispatch_state(), other._dispatch_state(), {m.dispatcher.two_hop for m in other._moe}]
+
+
+def test_hops_are_saved_once_they_are_settled_and_not_before(pool8: WorkerPool, tmp_path: Path) -> None:
+    for before, after, resumed, used in pool8.run(hops, str(tmp_path)):
+        assert before == {}
+        assert after == resumed == {"two_hop": True}
+        assert used in ({True}, set())
 
 
 # -- layouts
@@ -154,8 +180,8 @@ def test_the_launcher_says_how_many_ranks_share_a_node(
 
 
 class Gate:
-    def __init__(self, groups: int, reached: int):
-        self.groups, self.groups_per_token = groups, reached
+    def __init__(self, groups: int, reached: int, method: str = "noaux_tc"):
+        self.groups, self.groups_per_token, self.method = groups, reached, method
 
 
 @pytest.mark.parametrize("groups, reached, text", [
@@ -167,3 +193,4 @@ def test_groups_of_the_router_that_do_not_fit_the_nodes(groups: int, reached: in
     assert text is None or text in (found or "")
     assert node_limit_warning(Gate(1, 1), 8, NodeLayout(8)) is None  # type: ignore[arg-type]
     assert node_limit_warning(Gate(1, 1), 8, None) is None  # type: ignore[arg-type]
+    assert node_limit_warning(Gate(1, 1, "greedy"), 8, NodeLayout(2)) is None  # type: ignore[arg-type]
