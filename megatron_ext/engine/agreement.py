@@ -39,6 +39,9 @@ def user_errors_on_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if _of_a_lost_peer(error.__cause__):
+            _say_lost()
+            _leave()
         if _first_to_say(str(error)):
             _say(f"{_finder(error)}{type(error).__name__}: {error}")
         _wait_for_others(str(error))
@@ -48,12 +51,21 @@ def user_errors_on_one_line() -> Iterator[None]:
             _say("interrupted")
         _leave()
     except Exception as error:
-        if not (isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)):
+        if _of_a_lost_peer(error):
+            _say_lost()
+        else:
             _first_to_say(repr(error))
             _say(f"rank {_rank()} failed\n{traceback.format_exc()}")
-        elif not _somebody_said():
-            _say(f"rank {_rank()}: the connection to a peer closed; that rank's own message says why, if it left one")
         _leave()
+
+
+def _of_a_lost_peer(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+
+
+def _say_lost() -> None:
+    if not _somebody_said():
+        _say(f"rank {_rank()}: the connection to a peer closed; that rank's own message says why, if it left one")
 
 
 def _say(text: str) -> None:

@@ -68,7 +68,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         _check_optimizer(ds_config, section, optimizer)
         if section.recompute and model.activation_checkpoint_interval:
             raise ConfigError("megatron_ext.recompute", list(section.recompute),
-                              f"is for phases, and activation_checkpoint_interval = "
+                              "is for phases, and activation_checkpoint_interval = "
                               f"{model.activation_checkpoint_interval} runs whole layers as one", "drop one of the two")
         if optimizer is not None or ds_config.get("optimizer"):
             _check_trainable(model)

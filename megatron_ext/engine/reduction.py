@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_ext.config import ConfigError
+from megatron_ext.config.errors import UserError
 from megatron_ext.engine.gradients import BUCKET_BYTES, is_expert
 from megatron_ext.parallel import ProcessGroups
 from megatron_ext.pipeline.instructions import Plan
@@ -83,10 +84,16 @@ class _Bucket:
     def finish(self) -> None:
         """
         Raises:
+            UserError: a replica has died, or has not come within the timeout of the group.
             ConfigError: a gradient has come since `start`.
         """
         assert self.flat is not None
-        self.work.wait()
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            raise UserError(f"gradients: rank {dist.get_rank()} waited for their sum over ranks {ranks}; one of them "
+                            f"has stopped or is late ({error})") from error
         if self.flat._version != self.version:
             raise ConfigError("layers", f"stage {self.stage}", "a parameter of this stage is used by a layer of "
                               "another stage too, whose gradient came when the sum over the replicas was under way",

@@ -149,7 +149,6 @@ class Executor:
         assert not self.weights.waiting, f"weight gradients left over: {self.weights.waiting}"
         return run.outcome
 
-
     def _clock(self) -> float:
         self.synchronize()
         return time.perf_counter()

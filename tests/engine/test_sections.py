@@ -114,7 +114,8 @@ def client_optimizer(kind: str) -> list[float]:
                                         base_seed=equality.SEED, config=config)
 
     def make(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=equality.LR, betas=equality.BETAS, weight_decay=equality.DECAY)
+        return torch.optim.AdamW(parameters, lr=equality.LR, betas=equality.BETAS, eps=equality.EPS,
+                                 weight_decay=equality.DECAY)
 
     optimizer = make if kind == "callable" else make(model.parameters())
     engine, *_ = megatron_ext.initialize(model=model, optimizer=optimizer, config=config)
