@@ -57,7 +57,7 @@ def connect(ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.d
             reason = f"deep_ep cannot be imported ({error})"
         except (AssertionError, AttributeError, RuntimeError) as error:
             reason = f"deep_ep refuses {ep.size} ranks ({type(error).__name__}: {error})"
-    _log.warning("expert dispatch over torch.distributed, not DeepEP: %s", reason)
+    (_log.warning if ep.rank == 0 else _log.debug)("expert dispatch over torch.distributed, not DeepEP: %s", reason)
     return None
 
 

@@ -53,6 +53,13 @@ class DispatchMixin:
             self._set_dispatch(buffer=buffer)
         self._own_transport = any(layer.dispatcher.buffer is not None for layer in self._moe)
         self._hops_chosen = section.two_hop != "auto" or self._own_transport
+        if type(section.dispatch_chunks) is int:
+            used = {layer.dispatcher.parts for layer in self._moe}
+            if used - {section.dispatch_chunks}:
+                self._say_dispatch(f"experts in {max(used)} chunks, not {section.dispatch_chunks}, which must divide "
+                                   "the experts of a rank")
+        if section.two_hop is True and self.process_groups.inter_node is None:
+            self._say_dispatch("two_hop makes no difference: an expert group is in one node, or has one rank on each")
         self._trials: list[tuple[int, float]] = []
         warnings = [w for r in self.routers.values() if (w := node_limit_warning(r, ep.size, ep.layout)) is not None]
         mine = max((self._most_chunks(layer) for layer in self._moe), default=1), warnings[:1]

@@ -13,9 +13,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from megatron_ext.config.errors import ConfigError
 
 Passage = dict[str, Any]
 """What the phases of one layer keep for one micro-batch besides tensors that are differentiated. Under a pipeline "key"
@@ -83,9 +85,59 @@ class Exchange(Protocol):
         """Start and finish at once, as a part of one autograd graph."""
 
 
+def check_phases(phases: Any, layer: str) -> None:
+    """Whether what a layer's `phases()` returned can be run.
+
+    Args:
+        layer: for the error.
+
+    Raises:
+        ConfigError: it is no list of phases, or one reads what none before it has written, writes a name twice, or "x"
+            before the last; or the last does not write "x".
+    """
+    def refuse(value: Any, rule: str) -> NoReturn:
+        raise ConfigError(f"{layer}.phases()", value, rule)
+
+    if not isinstance(phases, (list, tuple)) or not all(isinstance(p, (Phase, Exchange)) for p in phases) or not phases:
+        refuse(phases, "must be a list of Phase and Exchange, at least one")
+    known = {"x"}
+    for index, phase in enumerate(phases):
+        groups = [(phase.reads, phase.writes)] if isinstance(phase, Phase) else None
+        reads, writes = ([names for names, _ in groups], [names for _, names in groups]) if groups else (
+            list(phase.reads), list(phase.writes))
+        where = f"in phase {index}, {phase.name!r}, "
+        for names in (*reads, *writes):
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                refuse(names, f"{where}must be a tuple of names")
+        written = [name for names in writes for name in names]
+        if not written:
+            refuse((), f"{where}a phase must write something")
+        for name in (name for names in reads for name in names):
+            if name not in known:
+                refuse(name, f"{where}is read, and no phase before writes it ({', '.join(sorted(known))} are there)")
+        last = index == len(phases) - 1
+        for name in written:
+            if name in known and not (name == "x" and last):
+                refuse(name, where + ("is written a second time" if name != "x" else
+                                      "is written before the last phase: it is what comes in, and what comes out"))
+        known |= set(written)
+        if last and "x" not in written:
+            refuse(tuple(written), f"{where}must have \"x\" among them: what the layer returns")
+
+
 def results(phase: Phase, output: Any) -> tuple[Any, ...]:
-    """What `phase.call` returned, one value per name."""
-    return (output,) if len(phase.writes) == 1 else tuple(output)
+    """What `phase.call` returned, one value per name.
+
+    Raises:
+        ConfigError: it is not as many as there are names.
+    """
+    if len(phase.writes) == 1:
+        return (output,)
+    if not isinstance(output, tuple) or len(output) != len(phase.writes):
+        found = f"{len(output)} results" if isinstance(output, tuple) else type(output).__name__
+        raise ConfigError(f"phase {phase.name!r}", found, f"must return a tuple of {len(phase.writes)}: "
+                          + ", ".join(phase.writes))
+    return output
 
 
 def whole(phases: Sequence[Phase | Exchange], x: Any, before: Callable[[Phase], None] = lambda _: None) -> Any:

@@ -67,10 +67,15 @@ def extensions_folder() -> Path:
 def prepare_extensions() -> Path:
     """Sends run-time builds to our own folder, unless TORCH_EXTENSIONS_DIR is set; `import megatron_ext` calls it.
 
-    Sets the environment variable (so that processes started from here inherit it) and touches no file.
+    Sets the environment variable (so that processes started from here inherit it) and touches no file. The programs
+    beside this Python come first on PATH: another ninja takes what this environment's has built for out of date, and
+    compiles it again for minutes, without a word.
     """
     folder = extensions_folder()
     os.environ[_VARIABLE] = str(folder)
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if own not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (own, path)))
     return folder
 
 

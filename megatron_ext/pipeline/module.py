@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.config import ConfigError, check_deepspeed_config, load_config, parse_section
 from megatron_ext.layers.linear import split_linears
-from megatron_ext.layers.phases import Phase
+from megatron_ext.layers.phases import Phase, check_phases
 from megatron_ext.parallel import ExpertParallel, ProcessGroups, Topology, agreed
 from megatron_ext.parallel.layout import check_even, launched_ranks_per_node
 from megatron_ext.parallel.placement import Placement
@@ -231,8 +231,7 @@ class PipelineModule(nn.Module):
             found: list[StageLayer] = []
             for has_phases, group in groupby(self._layers[stage], self._has_phases):
                 layers = list(group)
-                found += ([StageLayer(layer.call.phases(), layer.number) for layer in layers]  # type: ignore
-                          if has_phases else [self._plain(layers)])
+                found += [_phased(layer) for layer in layers] if has_phases else [self._plain(layers)]
             self._stage_layers[stage] = found or [self._plain([])]
         return self._stage_layers[stage]
 
@@ -298,6 +297,12 @@ class PipelineModule(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("a pipeline's layers lie on several ranks: use engine.train_batch() or engine.eval_batch()")
+
+
+def _phased(layer: _Layer) -> StageLayer:
+    phases = layer.call.phases()  # type: ignore[attr-defined]
+    check_phases(phases, f"layers[{layer.number}] ({_type_name(layer.call)})")
+    return StageLayer(phases, layer.number)
 
 
 def _run_layers(layers: Sequence[_Layer], key: RandomKey, value: Value) -> Value:

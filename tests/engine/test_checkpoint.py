@@ -133,7 +133,7 @@ def check_files(folder: Path) -> None:
     experts = {f"layer_{layer}_expert_{e}_mp_rank_00_model_states.pt" for layer in (1, 2, 3) for e in range(8)}
     assert {n for n in names if "expert" in n} == experts
     assert sum(bool(re.match(r"megatron_ext_rank_\d{5}_states", n)) for n in names) == 4
-    shapes = {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}
+    shapes = {"gate_proj": (32, 32), "up_proj": (32, 32), "down_proj": (32, 32)}
     for file in experts:
         _, layer, _, expert, *_ = file.split("_")
         state = torch.load(folder / file, weights_only=True)
