@@ -68,7 +68,7 @@ def test_config_is_resolved(folder: Path):
     found = json.loads((folder / "config.json").read_text())
     section = found["ds_config"]["megatron_ext"]
     assert section["pipeline"] == {"schedule": "dualpipe", "stages": 2, "chunks": 1, "placement": None,
-                                   "memory_limit": None, "trace": None}
+                                   "memory_limit": None, "overlap": True, "trace": None}
     assert section["kernels"] == {"backend": "auto"}
     assert found["ds_config"]["scheduler"]["params"]["total_num_steps"] == 3
     assert found["model"]["model_type"] == "deepseek_v3" and found["ranks"] == 4
