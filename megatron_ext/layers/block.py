@@ -6,7 +6,6 @@ Letters: B batch, T positions, h hidden.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from megatron_ext.comm.dispatch import Dispatcher
 from megatron_ext.fp8 import Precision
 from megatron_ext.layers.attention import LatentAttention
-from megatron_ext.layers.expert_phases import Combine, Dispatch, transit
 from megatron_ext.layers.mlp import MLP
 from megatron_ext.layers.moe import MoE
 from megatron_ext.layers.norm import RMSNorm
@@ -82,8 +80,7 @@ class TransformerBlock(nn.Module):
     def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
         """The block as layers/phases.py has it; over [B, T, h] in the dtype of x, tokens flat [B T, h].
 
-        attention (with the router), dispatch, mlp per chunk of experts, combine; the shared experts, which `recompute`
-        calls mlp too, need only what attention made and lie behind the dispatch. A dense block is attention and mlp.
+        attention (with the router), dispatch, mlp per chunk of experts, combine, sum; a dense block: attention, mlp.
 
         Args:
             chunks: of experts; by default as many as the dispatcher has.
@@ -91,16 +88,9 @@ class TransformerBlock(nn.Module):
         if isinstance(self.mlp, MLP):
             return [Phase("attention", ("x",), ("residual",), self._attention),
                     Phase("mlp", ("residual",), ("x",), self._dense)]
-        dispatcher = self.mlp.dispatcher if chunks is None else replace(self.mlp.dispatcher, chunks=chunks)
-        shared = self.mlp.shared_experts
-        return [
-            Phase("attention", ("x",), ("residual", "tokens", "weights", "experts"), self._route),
-            Dispatch(dispatcher),
-            *([] if shared is None else [Phase("mlp", ("tokens",), ("shared",), lambda _, x: shared(x))]),
-            *(Phase("mlp", (f"rows.{c}",), (f"results.{c}",), partial(self._experts, c))
-              for c in range(dispatcher.parts)),
-            Combine(dispatcher),
-            Phase("sum", ("residual", "mixed", *(() if shared is None else ("shared",))), ("x",), self._sum)]
+        return [Phase("attention", ("x",), ("residual", "tokens", "weights", "experts"), self._route),
+                *self.mlp.phases(chunks),
+                Phase("sum", ("residual", *self.mlp.outputs), ("x",), self._sum)]
 
     def _attention(self, _: Passage, x: Tensor) -> Tensor:
         return x + self._dropped(self.self_attn(self.input_layernorm(x)))
@@ -110,12 +100,7 @@ class TransformerBlock(nn.Module):
 
     def _route(self, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         residual = self._attention(passage, x)
-        tokens = self.post_attention_layernorm(residual).flatten(0, -2)
-        routing = self.mlp.gate(tokens)
-        return residual, tokens, routing.weights, routing.experts
-
-    def _experts(self, chunk: int, passage: Passage, rows: Tensor) -> Tensor:
-        return self.mlp.experts(rows, transit(passage).group_sizes(chunk))
+        return residual, *self.mlp.route(self.post_attention_layernorm(residual).flatten(0, -2))
 
     def _sum(self, _: Passage, residual: Tensor, mixed: Tensor, shared: Tensor | None = None) -> Tensor:
         out = mixed if shared is None else mixed + shared

@@ -9,13 +9,16 @@ Shape letters: B batch, T tokens of a sequence, h hidden size.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
-from megatron_ext.comm.dispatch import Dispatcher, combine, dispatch
+from megatron_ext.comm.dispatch import Dispatcher
 from megatron_ext.fp8 import Precision
+from megatron_ext.layers.expert_phases import Combine, Dispatch, transit
 from megatron_ext.layers.experts import Experts
 from megatron_ext.layers.mlp import MLP
+from megatron_ext.layers.phases import Exchange, Passage, Phase, whole
 from megatron_ext.layers.protocol import LayerConfig
 from megatron_ext.layers.router import Router
 from megatron_ext.parallel.expert_parallel import ExpertParallel
@@ -52,13 +55,38 @@ class MoE(nn.Module):
         self.dispatcher = replace(self.dispatcher, dispatch_dtype=precision.dispatch_dtype,
                                   combine_dtype=precision.combine_dtype, backend=precision.backend)
 
+    def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
+        """From "tokens" [T, h], "weights" and "experts" [T, k] (`route`) to "mixed" and, with shared experts, "shared",
+        both [T, h] (layers/phases.py). The shared experts, which `recompute` calls mlp too, need only the tokens and
+        lie behind the dispatch.
+
+        Args:
+            chunks: of experts; by default as many as the dispatcher has.
+        """
+        dispatcher = self.dispatcher if chunks is None else replace(self.dispatcher, chunks=chunks)
+        shared = self.shared_experts
+        return [
+            Dispatch(dispatcher),
+            *([] if shared is None else [Phase("mlp", ("tokens",), ("shared",), lambda _, tokens: shared(tokens))]),
+            *(Phase("mlp", (f"rows.{c}",), (f"results.{c}",), partial(self._experts, c))
+              for c in range(dispatcher.parts)),
+            Combine(dispatcher)]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `phases` write, to be summed."""
+        return ("mixed",) if self.shared_experts is None else ("mixed", "shared")
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, h] -> itself, weights and experts [T, k]: what `phases` read."""
+        routing = self.gate(tokens)
+        return tokens, routing.weights, routing.experts
+
+    def _experts(self, chunk: int, passage: Passage, rows: Tensor) -> Tensor:
+        return self.experts(rows, transit(passage).group_sizes(chunk))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, h] -> [B, T, h], in the dtype of x. All ranks of the expert group must call it together."""
-        tokens = x.flatten(0, -2)
-        routing = self.gate(tokens)
-        transit = self.dispatcher.announce(routing.experts, tokens)
-        transit.start_dispatch(tokens, routing.weights)
-        shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
-        rows, weights = dispatch(transit, tokens, routing.weights)
-        out = combine(transit, self.experts(rows, transit.group_sizes()), weights)
-        return (out if shared is None else out + shared).view_as(x)
+        route = Phase("route", ("x",), ("tokens", "weights", "experts"), lambda _, tokens: self.route(tokens))
+        total = Phase("sum", self.outputs, ("x",), lambda _, *outputs: sum(outputs[1:], outputs[0]))
+        return whole([route, *self.phases(chunks=1), total], x.flatten(0, -2)).view_as(x)

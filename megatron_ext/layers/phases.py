@@ -85,6 +85,17 @@ class Exchange(Protocol):
         """Start and finish at once, as a part of one autograd graph."""
 
 
+def groups_of(phase: Phase | Exchange, side: str) -> Sequence[tuple[str, ...]]:
+    """Groups of names that a phase "reads" or "writes"; a computation has one."""
+    names = getattr(phase, side)
+    return (names,) if isinstance(phase, Phase) else names
+
+
+def names_of(phase: Phase | Exchange, side: str) -> set[str]:
+    """All names that a phase "reads" or "writes"."""
+    return {name for group in groups_of(phase, side) for name in group}
+
+
 def check_phases(phases: Any, layer: str) -> None:
     """Whether what a layer's `phases()` returned can be run.
 
@@ -102,9 +113,7 @@ def check_phases(phases: Any, layer: str) -> None:
         refuse(phases, "must be a list of Phase and Exchange, at least one")
     known = {"x"}
     for index, phase in enumerate(phases):
-        groups = [(phase.reads, phase.writes)] if isinstance(phase, Phase) else None
-        reads, writes = ([names for names, _ in groups], [names for _, names in groups]) if groups else (
-            list(phase.reads), list(phase.writes))
+        reads, writes = groups_of(phase, "reads"), groups_of(phase, "writes")
         where = f"in phase {index}, {phase.name!r}, "
         for names in (*reads, *writes):
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):

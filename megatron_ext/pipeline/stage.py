@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_ext.layers.phases import Exchange, Passage, Phase, results
+from megatron_ext.layers.phases import Exchange, Passage, Phase, names_of, results
 from megatron_ext.pipeline.random import RandomKey
 
 Value = Tensor | tuple[Tensor, ...]
@@ -58,8 +58,8 @@ class StageLayer:
     @cached_property
     def backward_order(self) -> list[int]:
         """Indices of the phases: last first, each after all that read what it writes, those that must wait later."""
-        reads = [_names(phase, "reads") for phase in self.phases]
-        writes = [_names(phase, "writes") for phase in self.phases]
+        reads = [names_of(phase, "reads") for phase in self.phases]
+        writes = [names_of(phase, "writes") for phase in self.phases]
         order: list[int] = []
         left = list(range(len(self.phases)))
         while left:
@@ -71,19 +71,24 @@ class StageLayer:
 
     def _waits(self, index: int) -> bool:
         """Whether the gradient of what a phase writes comes out of an exchange."""
-        written = _names(self.phases[index], "writes")
-        return any(written & _names(phase, "reads") for phase in self.phases[index + 1:]
+        written = names_of(self.phases[index], "writes")
+        return any(written & names_of(phase, "reads") for phase in self.phases[index + 1:]
                    if not isinstance(phase, Phase))
+
+    @cached_property
+    def spent(self) -> list[set[str]]:
+        """Per phase, what it reads or writes and no later one reads, but for what goes out."""
+        spent, later = [], {"x"}
+        for phase in reversed(self.phases):
+            reads, writes = names_of(phase, "reads"), names_of(phase, "writes")
+            spent.append((reads | writes) - later)
+            later |= reads
+        return spent[::-1]
 
     @property
     def exchanges(self) -> bool:
         """Whether there is anything to wait for, and so to do something else meanwhile."""
         return any(not isinstance(phase, Phase) and phase.parallel for phase in self.phases)
-
-
-def _names(phase: Phase | Exchange, side: str) -> set[str]:
-    groups = getattr(phase, side)
-    return set(groups) if isinstance(phase, Phase) else {name for group in groups for name in group}
 
 
 class _Like(NamedTuple):
@@ -153,18 +158,20 @@ class StageRun:
     def _forward_layer(self, here: _Passed, value: Any) -> Generator[None, None, Any]:
         faces: dict[str, Any] = {"x": value}
         for index, phase in enumerate(here.layer.phases):
-            for name in sorted(_names(phase, "reads") & here.coming.keys()):
+            for name in sorted(names_of(phase, "reads") & here.coming.keys()):
                 if name in here.coming:
                     yield from self._arrive(here, name, faces)
             if isinstance(phase, Phase):
                 output = self._compute(here, index, phase, [faces[name] for name in phase.reads])
                 faces.update(zip(phase.writes, output, strict=True))
-                continue
-            phase.start(here.passage, [[faces[name].detach() for name in group] for group in phase.reads])
-            here.coming |= {name: (phase, g) for g, names in enumerate(phase.writes) for name in names}
-            if self.training and phase.keeps:
-                again = {n for p in here.layer.phases if p.name in self.recompute for n in _names(p, "writes")}
-                here.read |= {n: faces[n].detach() for n in sorted(_names(phase, "reads") - again)}
+            else:
+                phase.start(here.passage, [[faces[name].detach() for name in group] for group in phase.reads])
+                here.coming |= {name: (phase, g) for g, names in enumerate(phase.writes) for name in names}
+                if self.training and phase.keeps:
+                    again = {n for p in here.layer.phases if p.name in self.recompute for n in names_of(p, "writes")}
+                    here.read |= {n: faces[n].detach() for n in sorted(names_of(phase, "reads") - again)}
+            for name in here.layer.spent[index]:
+                faces.pop(name, None)
         return faces["x"]
 
     def _arrive(self, here: _Passed, name: str, faces: dict[str, Any]) -> Generator[None, None, None]:
