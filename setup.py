@@ -1,4 +1,4 @@
-"""Builds the one compiled part of the package: the CPU kernels, a plain C library that ctypes loads.
+"""Builds what is compiled of the package: the CPU kernels, a plain C library that ctypes loads, and cubins for Hopper.
 
 Everything else about the package is in pyproject.toml. The library is not a Python extension: it includes neither
 Python's nor torch's headers, so building it needs a C++ compiler and nothing else, and one build serves every version
@@ -8,15 +8,20 @@ the reference backend (torch) does the same arithmetic bit for bit.
 
 CXX names the compiler and CXXFLAGS adds flags. Contraction of a*b+c into one rounding stays off whatever they say,
 for the kernels are bit-exact with the reference.
+
+Cubins need nvcc (kernels/cuda/cubins.py finds it, or takes what NVCC names) and neither torch nor a GPU. Without
+it the package installs as well, and compiles them on first use where that is possible.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -26,6 +31,15 @@ KERNELS = "megatron_ext.kernels.cpu"
 FOLDER = KERNELS.replace(".", "/")  # relative, through the symlink in a checkout and a real folder in an sdist
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 LAST_FLAGS = ["-ffp-contract=off", "-fno-fast-math"]
+CUDA = "megatron_ext/kernels/cuda"
+
+
+def load_cubins() -> ModuleType:
+    """kernels/cuda/cubins.py by its path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("cubins", Path(CUDA, "cubins.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildKernels(build_ext):
@@ -48,14 +62,33 @@ class BuildKernels(build_ext):
             library.unlink(missing_ok=True)
             print("megatron_ext: CPU kernels did not compile (see above), reference backend used")
 
+    def build_extensions(self) -> None:
+        super().build_extensions()
+        cubins, folder = load_cubins(), Path(self.build_lib, CUDA)
+        for old in folder.glob("*.cubin"):
+            old.unlink()  # of an earlier build, maybe of other sources
+        nvcc = cubins.compiler()
+        if nvcc is None:
+            print("megatron_ext: no nvcc, CUDA kernels not built; they are compiled on first use where nvcc is found")
+            return
+        try:
+            cubins.build(nvcc, folder)
+        except cubins.CubinError as error:
+            print(f"megatron_ext: CUDA kernels not built ({error})")
+
     def copy_extensions_to_source(self) -> None:
-        """In-place builds: replaces the library in one step, for processes at work may have the old one mapped."""
-        for ext in self.extensions:
-            built = Path(self.build_lib, self.get_ext_filename(ext.name))
-            if built.exists():
-                unfinished = Path(FOLDER, f"{built.name}.unfinished")
-                shutil.copyfile(built, unfinished)
-                unfinished.replace(Path(FOLDER, built.name))
+        """In-place builds: replaces each file in one step, for processes at work may have the old one mapped."""
+        built = [Path(self.build_lib, self.get_ext_filename(ext.name)) for ext in self.extensions]
+        cubins = sorted(Path(self.build_lib, CUDA).glob("*.cubin"))
+        for file in [*built, *cubins]:
+            if file.exists():
+                folder = Path(CUDA if file in cubins else FOLDER)
+                unfinished = folder / f"{file.name}.unfinished"
+                shutil.copyfile(file, unfinished)
+                unfinished.replace(folder / file.name)
+        if cubins:
+            for stale in set(Path(CUDA).glob("*.cubin")) - {Path(CUDA, file.name) for file in cubins}:
+                stale.unlink()
 
 
 class PlatformWheel(bdist_wheel):

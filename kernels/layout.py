@@ -1,6 +1,6 @@
-"""FP8 formats and where scales lie: the facts that every backend shares (drawn in kernels/README.md).
+"""FP8 formats and where numbers and scales lie: the facts that every backend shares (drawn in kernels/README.md).
 
-Shape letters: T tokens, K and N columns of activations and outputs, E experts; S = scale_columns(group_sizes).
+Shape letters: T tokens, K and N columns of activations and outputs, E experts; S = scale_columns(T, E).
 """
 
 from __future__ import annotations
@@ -89,3 +89,43 @@ def token_spans(group_sizes: Sequence[int] | Tensor) -> list[Span]:
 def scale_columns(tokens: int, groups: int | None) -> int:
     """Columns S of the scale of tiles along tokens: T // 128 + E for groups, ceil(T / 128) for one undivided matrix."""
     return tile_count(tokens) if groups is None else tokens // BLOCK + groups
+
+
+def data_columns(tokens: int, groups: int | None) -> int:
+    """Columns of data in tiles along tokens: T, or in groups the 128 of each of the S tiles, so that none straddles."""
+    return tokens if groups is None else BLOCK * scale_columns(tokens, groups)
+
+
+def empty_tiles(rows: int, tiles: int, device: torch.device, *, gpu: bool | None = None) -> Tensor:
+    """An uninitialised scale of 1x128 tiles, [rows, tiles] FP32.
+
+    On a GPU rows are neighbours and a column of tiles begins every round_up(rows, 4) numbers, 16 bytes: what TMA,
+    cuBLAS and DeepGEMM read. Elsewhere it is contiguous. `gpu` forces one of the two, for tests.
+    """
+    if not (device.type == "cuda" if gpu is None else gpu):
+        return torch.empty(rows, tiles, dtype=torch.float32, device=device)
+    return torch.empty(tiles, _up(rows, 4), dtype=torch.float32, device=device)[:, :rows].t()
+
+
+def empty_blocks(stack: Sequence[int], block_rows: int, blocks: int, device: torch.device, *,
+                 gpu: bool | None = None) -> Tensor:
+    """An uninitialised scale of 128x128 blocks, [*stack, block_rows, blocks] FP32.
+
+    On a GPU a row of blocks begins every round_up(blocks, 4) numbers, as cuBLAS wants it (a view of the unpadded
+    numbers gives wrong products where blocks % 4 != 0).
+    """
+    if not (device.type == "cuda" if gpu is None else gpu):
+        return torch.empty(*stack, block_rows, blocks, dtype=torch.float32, device=device)
+    return torch.empty(*stack, block_rows, _up(blocks, 4), dtype=torch.float32, device=device)[..., :blocks]
+
+
+def empty_data(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, gpu: bool | None = None) -> Tensor:
+    """Uninitialised numbers of one byte, [..., N, K]; on a GPU rows begin at multiples of 16 bytes, as TMA wants it."""
+    *rows, columns = shape
+    if not (device.type == "cuda" if gpu is None else gpu):
+        return torch.empty(*shape, dtype=dtype, device=device)
+    return torch.empty(*rows, _up(columns, 16), dtype=dtype, device=device)[..., :columns]
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -8,12 +8,16 @@ module is imported when it is first chosen, so listing one imports neither trito
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ext.kernels.cpu import library
@@ -112,21 +116,109 @@ def _describe(args: tuple[Any, ...]) -> str:
     return ", ".join(f"{a.dtype} {list(a.shape)} on {a.device}" for a in args if isinstance(a, Tensor))
 
 
+def _tensor(args: Iterable[Any]) -> Tensor | None:
+    """The first tensor among arguments, in lists too."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and (found := _tensor(arg)) is not None:
+            return found
+    return None
+
+
 def _on_compiled_cpu(*args: Any) -> bool:
-    return args[0].device.type == "cpu" and library.load() is not None
+    first = _tensor(args)
+    return first is not None and first.device.type == "cpu" and library.load() is not None
 
 
 def _anywhere(*args: Any) -> bool:
     return True
 
 
-_QUANTIZE = ("quantize", "dequantize", "quantize_transposed", "requantize_transposed")
-_GEMM = ("weight_operands", "gemm_nt", "grouped_gemm_nt", "grouped_wgrad")
+def _optional(module: str, operator: str) -> Callable[..., bool]:
+    """Asks the backend's own `usable`. Its `why_not` is logged when it could have served and this machine lacks it."""
 
-OPERATORS = Registry(
-    Implementation(operator, backend, f"megatron_ext.kernels.{backend}.{file}", usable)
-    for backend, usable in (("cpu", _on_compiled_cpu), ("reference", _anywhere))
-    for file, operators in (("quantize", _QUANTIZE), ("gemm", _GEMM))
-    for operator in operators
-)
+    def usable(*args: Any) -> bool:
+        first = _tensor(args)
+        if first is None or first.device.type not in ("cuda", "cpu"):
+            return False
+        if first.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+            return False  # all these are for GPUs; only Triton has an interpreter
+        found = import_module(module).usable(operator, *args)
+        if not found and first.device.type == "cuda":
+            _say_why_not(module)
+        return found
+
+    return usable
+
+
+@functools.cache
+def _say_why_not(module: str) -> None:
+    reason = import_module(module).why_not()
+    if reason is not None:
+        logging.getLogger("megatron_ext").warning("FP8 kernels: %s; the next backend is used", reason)
+
+
+_FILES = {
+    "gemm": ("gemm_nt", "grouped_gemm_nt", "grouped_wgrad", "weight_operands"),
+    "quantize": ("quantize", "dequantize", "quantize_transposed", "quantize_both", "requantize_transposed",
+                 "quantize_weight"),
+    "activation": ("swiglu_quantize", "swiglu_backward_quantize", "rms_norm_quantize"),
+    "rows": ("permute_quantize", "quantize_rows", "unpermute_combine"),
+    "e5m6": ("pack_e5m6", "unpack_e5m6"),
+    "adamw": ("adamw",),
+}
+"""Operators by the file that holds them, in every backend."""
+
+_PACKAGE = "megatron_ext.kernels."
+_FOR_GPUS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
+    "cuda": ("cuda", "cuda.available", _FILES["gemm"]),
+    "deep_gemm": ("deep_gemm", "deep_gemm.available", ("gemm_nt",)),
+    "torch": ("torch_scaled", "torch_scaled.available", ("gemm_nt",)),
+    "triton": ("triton_kernels", "triton_kernels", None),
+}
+"""Backends that may be missing, the preferred one first: folder, module that says why not, operators (None: all)."""
+
+
+def _implementations() -> Iterator[Implementation]:
+    for file, operators in _FILES.items():
+        for operator in operators:
+            for backend, (folder, available, own) in _FOR_GPUS.items():
+                if own is None or operator in own:
+                    usable = _optional(_PACKAGE + available, operator)
+                    yield Implementation(operator, backend, f"{_PACKAGE}{folder}.{file}", usable)
+            yield Implementation(operator, "cpu", f"{_PACKAGE}cpu.{file}", _on_compiled_cpu)
+            yield Implementation(operator, "reference", f"{_PACKAGE}reference.{file}", _anywhere)
+
+
+OPERATORS = Registry(_implementations())
 """The operators of this package; built once, never changed."""
+
+
+def why_not(backend: str) -> str | None:
+    """What keeps a backend from this machine, in one line; None if nothing does. Never raises.
+
+    Args:
+        backend: one of `OPERATORS.backends`.
+    """
+    if backend == "cpu":
+        return None if library.load() is not None else "the CPU kernels are not built: pip install builds them"
+    return None if backend == "reference" else import_module(_PACKAGE + _FOR_GPUS[backend][1]).why_not()
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Finds out before training whether a backend that was named can run on a device.
+
+    Raises:
+        BackendError: there is no such backend, it is for other devices, or this machine lacks it.
+    """
+    if backend in (AUTO, "reference"):
+        return
+    if backend not in OPERATORS.backends:
+        rule: str | None = "there is no backend of that name"
+    else:
+        kind = "cpu" if backend == "cpu" or (backend == "triton" and "TRITON_INTERPRET" in os.environ) else "cuda"
+        rule = why_not(backend) if device.type == kind else f"it is for {kind} devices, not for {device.type}"
+    if rule is not None:
+        sample = torch.empty(1, 1, device=device)
+        raise BackendError(backend, rule, (AUTO, *OPERATORS.available("quantize", sample)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_ext.kernels.cpu.quantize import dequantize
@@ -23,17 +24,27 @@ def weight_operands(data: Tensor, scale: Tensor) -> tuple[Operand, Operand]:
 
 
 def gemm_nt(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor | None, out: Tensor | None = None
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `reference.gemm.gemm_nt`."""
-    return reference.gemm_nt(a, a_scale, b, b_scale, out, dequantize=dequantize)
+    return reference.gemm_nt(a, a_scale, b, b_scale, out, dtype, dequantize=dequantize)
 
 
 def grouped_gemm_nt(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor | None, group_sizes: Sequence[int] | Tensor
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    group_sizes: Sequence[int] | Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `reference.gemm.grouped_gemm_nt`."""
-    return reference.grouped_gemm_nt(a, a_scale, b, b_scale, group_sizes, dequantize=dequantize)
+    return reference.grouped_gemm_nt(a, a_scale, b, b_scale, group_sizes, dtype, dequantize=dequantize)
 
 
 def grouped_wgrad(

@@ -10,12 +10,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+_HUGE_PAGE = 1 << 21
+_MADV_HUGEPAGE = 14  # of Linux, <bits/mman-linux.h>
 
 PATH = Path(__file__).with_name("libmegatron_ext_cpu.so")
 
@@ -40,6 +45,27 @@ def function(name: str, *argument_types: type) -> Callable[..., None]:
     assert library is not None, "the registry offers the cpu backend only when its library is there"
     found = getattr(library, name)
     found.argtypes, found.restype = argument_types, None
+    return found
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor; a big one on huge pages where Linux gives them to who asks.
+
+    Memory fresh from the system is mapped page by page as it is first touched, at 2 GB/s with pages of 4 KiB and at 11
+    with huge ones (measured on a virtual machine): more than quantising costs.
+    """
+    x = torch.empty(shape, dtype=dtype)
+    if x.nbytes >= 2 * _HUGE_PAGE and sys.platform == "linux":
+        first = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        size = (x.data_ptr() + x.nbytes) // _HUGE_PAGE * _HUGE_PAGE - first
+        _madvise()(first, size, _MADV_HUGEPAGE)  # advice: where it is refused nothing is lost
+    return x
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return found
 
 

@@ -7,28 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.cpu.library import function, in_chunks
+from megatron_ext.kernels.cpu.library import empty, function, in_chunks
 from megatron_ext.kernels.layout import (
     BLOCK,
     FORMATS,
     block_rows,
+    data_columns,
     format_of,
     scale_columns,
     tile_count,
-    token_spans,
 )
+from megatron_ext.kernels.reference.quantize import Both
 
-_GRAIN = 1 << 20  # numbers worth a thread of their own
+GRAIN = 1 << 21  # numbers worth a thread of their own: 0.2 to 1 ms of work
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x dense, in one of the dtypes the library reads."""
     x = x.detach()
     return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+
+
+def is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def quantize(
@@ -40,22 +46,51 @@ def quantize(
     portable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.quantize`."""
-    x = _readable(x)
-    *stack, n, k = x.shape
-    height, width = -(-n // block[0]), tile_count(k)
-    data = torch.empty(x.shape, dtype=FORMATS[format].dtype)
-    scale = torch.empty(*stack, height, width)
-    if not x.numel():
-        return data, scale
-    kernel = function("mext_quantize", c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 5, *[c_int] * 3)
-    is_bf16, is_e5m2 = x.dtype == torch.bfloat16, format == "e5m2"
+    x = readable(x)
+    if block[0] == BLOCK:
+        return _quantize_blocks(x, power_of_two, format, portable, transposed=False)[:2]
+    data, scale = empty_rows(x.shape, format)
+    if x.numel():
+        columns = x.shape[-1]
+        kernel = function("mext_quantize", c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_int] * 3)
 
-    def body(first: int, last: int) -> None:
-        kernel(x.data_ptr(), is_bf16, data.data_ptr(), scale.data_ptr(), first, last, n, k, block[0],
-               is_e5m2, power_of_two, portable)  # fmt: skip
+        def body(first: int, last: int) -> None:
+            kernel(x.data_ptr(), is_bf16(x), data.data_ptr(), scale.data_ptr(), first, last, columns,
+                   format == "e5m2", power_of_two, portable)  # fmt: skip
 
-    in_chunks(scale.numel() // width, _GRAIN // (k * block[0]), body)
+        in_chunks(x.numel() // columns, GRAIN // columns, body)
     return data, scale
+
+
+def empty_rows(shape: Sequence[int], format: str = "e4m3") -> tuple[Tensor, Tensor]:
+    """Room for data of a shape [..., K] and the scales of its 1x128 tiles."""
+    return empty(shape, FORMATS[format].dtype), empty((*shape[:-1], tile_count(shape[-1])))
+
+
+def quantize_weight(weight: Tensor, *, portable: bool = False) -> Both:
+    """See `reference.quantize.quantize_weight`."""
+    data, scale, data_t, scale_t = _quantize_blocks(readable(weight), False, "e4m3", portable, transposed=True)
+    assert data_t is not None and scale_t is not None
+    return data, scale, data_t, scale_t
+
+
+def _quantize_blocks(
+    x: Tensor, power_of_two: bool, format: str, portable: bool, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    *stack, n, k = x.shape
+    height, width, dtype = tile_count(n), tile_count(k), FORMATS[format].dtype
+    data, scale = empty((*stack, n, k), dtype), empty((*stack, height, width))
+    data_t = empty((*stack, k, n), dtype) if transposed else None
+    scale_t = empty((*stack, width, height)) if transposed else None
+    if x.numel():
+        kernel = function("mext_quantize_blocks", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 3)
+        pointers = [t if t is None else t.data_ptr() for t in (data, scale, data_t, scale_t)]
+
+        def body(first: int, last: int) -> None:
+            kernel(x.data_ptr(), is_bf16(x), *pointers, first, last, n, k, format == "e5m2", power_of_two, portable)
+
+        in_chunks(scale.numel() // width, GRAIN // (k * BLOCK), body)
+    return data, scale, data_t, scale_t
 
 
 def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
@@ -63,7 +98,7 @@ def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor
     if data.dim() > 2 or data.stride(-1) != 1 or scale.stride(-1) != 1:
         data, scale = data.contiguous(), scale.contiguous()
     n, k = data.shape[-2:]
-    x = torch.empty(data.shape, dtype=torch.float32)
+    x = empty(data.shape)
     if not data.numel():
         return x
     kernel = function("mext_dequantize", *[c_void_p] * 3, *[c_int64] * 7, *[c_int] * 2)
@@ -73,7 +108,7 @@ def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor
     def body(first: int, last: int) -> None:
         kernel(data.data_ptr(), scale.data_ptr(), x.data_ptr(), first, last, n, k, rows, *strides, is_e5m2, portable)
 
-    in_chunks(data.numel() // k, _GRAIN // k, body)
+    in_chunks(data.numel() // k, GRAIN // k, body)
     return x
 
 
@@ -86,48 +121,88 @@ def quantize_transposed(
     portable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.quantize_transposed`."""
-    x = _readable(x)
-    kernel = function("mext_quantize_transposed", c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 6, *[c_int] * 3)
-    return _by_columns(
-        x, format, group_sizes,
-        lambda start, y, scale, *sizes: kernel(
-            x.data_ptr() + start * x.shape[1] * x.element_size(), x.dtype == torch.bfloat16, y, scale, *sizes,
-            format == "e5m2", power_of_two, portable,
-        ),
-    )  # fmt: skip
+    return _quantize_columns(readable(x), (None, None), power_of_two, format, group_sizes, portable)
+
+
+def quantize_both(
+    x: Tensor,
+    power_of_two: bool = False,
+    format: str = "e4m3",
+    group_sizes: Sequence[int] | Tensor | None = None,
+    *,
+    portable: bool = False,
+) -> Both:
+    """See `reference.quantize.quantize_both`."""
+    x = readable(x)
+    rows = empty_rows(x.shape, format)
+    return *rows, *_quantize_columns(x, rows, power_of_two, format, group_sizes, portable)
+
+
+def _quantize_columns(
+    x: Tensor,
+    rows: tuple[Tensor | None, Tensor | None],
+    power_of_two: bool,
+    format: str,
+    group_sizes: Sequence[int] | Tensor | None,
+    portable: bool,
+) -> tuple[Tensor, Tensor]:
+    kernel = function("mext_quantize_columns", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 4, c_void_p,
+                      *[c_int64] * 3, *[c_int] * 3)  # fmt: skip
+    columns = Columns.room(x.shape, format, group_sizes)
+    pointers = [t if t is None else t.data_ptr() for t in (*rows, columns.data, columns.scale)]
+    columns.run(lambda first, last: kernel(
+        x.data_ptr(), is_bf16(x), *pointers, first, last, *columns.sizes, format == "e5m2", power_of_two, portable))
+    return columns.data, columns.scale
 
 
 def requantize_transposed(
     data: Tensor, scale: Tensor, group_sizes: Sequence[int] | Tensor | None = None, *, portable: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.requantize_transposed`."""
-    data, scale = data.contiguous(), scale.contiguous()
-    format = format_of(data.dtype)
-    kernel = function("mext_requantize_transposed", *[c_void_p] * 4, *[c_int64] * 6, *[c_int] * 2)
-    return _by_columns(
-        data, format, group_sizes,
-        lambda start, y, y_scale, *sizes: kernel(
-            data.data_ptr() + start * data.shape[1], scale.data_ptr() + start * scale.shape[1] * 4, y, y_scale, *sizes,
-            format == "e5m2", portable,
-        ),
-    )  # fmt: skip
+    data, scale, format = data.contiguous(), scale.contiguous(), format_of(data.dtype)
+    kernel = function("mext_requantize_columns", *[c_void_p] * 4, *[c_int64] * 4, c_void_p, *[c_int64] * 3,
+                      *[c_int] * 2)  # fmt: skip
+    columns = Columns.room(data.shape, format, group_sizes)
+    pointers = [t.data_ptr() for t in (data, scale, columns.data, columns.scale)]
+    columns.run(lambda first, last: kernel(*pointers, first, last, *columns.sizes, format == "e5m2", portable))
+    return columns.data, columns.scale
 
 
-def _by_columns(
-    x: Tensor, format: str, group_sizes: Sequence[int] | Tensor | None, kernel: Callable[..., None]
-) -> tuple[Tensor, Tensor]:
-    """Runs `kernel(first token, data, scale, first, last, tokens, columns, strides)` for each group of x [T, K]."""
-    tokens, columns = x.shape
-    spans = token_spans([tokens] if group_sizes is None else group_sizes)
-    width = scale_columns(tokens, None if group_sizes is None else len(spans))
-    data = torch.empty(columns, tokens, dtype=FORMATS[format].dtype)
-    scale = torch.zeros(columns, width)
+class Columns(NamedTuple):
+    """Room for a transpose in tiles along the tokens, and how the library is told where it lies.
 
-    def body(first: int, last: int) -> None:
-        for start, stop, first_tile, _ in spans:
-            if stop > start:
-                kernel(start, data.data_ptr() + start, scale.data_ptr() + first_tile * 4, first, last,
-                       stop - start, columns, tokens, width)  # fmt: skip
+    Attributes:
+        data: [K, T], or [K, 128 S] for groups.
+        scale: [K, S].
+        tokens, columns: T and K.
+        group_sizes: [E] int64, or None.
+    """
 
-    in_chunks(tile_count(columns), _GRAIN // (BLOCK * max(tokens, 1)), body)
-    return data, scale
+    data: Tensor
+    scale: Tensor
+    tokens: int
+    columns: int
+    group_sizes: Tensor | None
+
+    @staticmethod
+    def room(shape: Sequence[int], format: str, group_sizes: Sequence[int] | Tensor | None) -> Columns:
+        """For x [T, K]."""
+        (tokens, columns), sizes = shape, None
+        if group_sizes is not None:
+            sizes = torch.as_tensor(group_sizes, dtype=torch.int64).contiguous()
+            # The kernel trusts these: tokens of a group too many would be read behind the end.
+            assert int(sizes.sum()) == tokens and (sizes >= 0).all(), "group sizes must sum to the tokens"
+        groups = None if sizes is None else len(sizes)
+        data = empty((columns, data_columns(tokens, groups)), FORMATS[format].dtype)
+        return Columns(data, empty((columns, scale_columns(tokens, groups))), tokens, columns, sizes)
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """tokens, columns, group sizes, groups and the two strides, as arguments of a kernel."""
+        there = self.group_sizes is not None
+        groups = (self.group_sizes.data_ptr(), len(self.group_sizes)) if there else (None, 1)
+        return self.tokens, self.columns, *groups, self.data.shape[1], self.scale.shape[1]
+
+    def run(self, body: Callable[[int, int], None]) -> None:
+        """Runs `body(first, last)` over the tiles of 128 columns."""
+        in_chunks(tile_count(self.columns), GRAIN // (BLOCK * max(self.tokens, 1)), body)

@@ -5,7 +5,8 @@ and adds it in FP32 (DeepSeek-V3, section 3.3.2), up to the order of FP32 additi
 not in bits. A B operand may be given already dequantised (FP32, scale None), see `weight_operands`.
 
 Shape letters: M rows of the activations (T when they are tokens in groups), K the contracted dimension, N outputs, E
-groups. Torch must not be told to use TF32 for matrix products (by default it is not) where this serves as a reference.
+groups, S scale columns of tokens in groups. Torch must not be told to use TF32 for matrix products (by default it is
+not) where this serves as a reference.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.layout import host_sizes, token_spans
+from megatron_ext.kernels.layout import BLOCK, host_sizes, token_spans
 from megatron_ext.kernels.reference.quantize import dequantize
 
 Dequantize = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +42,7 @@ def gemm_nt(
     b: Tensor,
     b_scale: Tensor | None,
     out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     *,
     dequantize: Dequantize = dequantize,
 ) -> Tensor:
@@ -50,13 +52,14 @@ def gemm_nt(
         a, a_scale: [M, K] in 1x128 tiles.
         b, b_scale: [N, K] in 1x128 tiles or 128x128 blocks, or FP32 and None.
         out: [M, N] FP32 to add to.
+        dtype: of the result where `out` is not given: the FP32 sum is rounded to it once.
 
     Returns:
-        [M, N] FP32; `out` if it was given.
+        [M, N] in `dtype`; `out` if it was given.
     """
     a = dequantize(a, a_scale)
     b = b if b_scale is None else dequantize(b, b_scale)
-    return a @ b.t() if out is None else out.addmm_(a, b.t())
+    return (a @ b.t()).to(dtype) if out is None else out.addmm_(a, b.t())
 
 
 def grouped_gemm_nt(
@@ -65,6 +68,7 @@ def grouped_gemm_nt(
     b: Tensor,
     b_scale: Tensor | None,
     group_sizes: Sequence[int] | Tensor,
+    dtype: torch.dtype = torch.float32,
     *,
     dequantize: Dequantize = dequantize,
 ) -> Tensor:
@@ -74,9 +78,10 @@ def grouped_gemm_nt(
         a, a_scale: [T, K] in 1x128 tiles, rows sorted by group.
         b, b_scale: [E, N, K] in 128x128 blocks, or FP32 and None.
         group_sizes: [E], summing to T; groups may be empty.
+        dtype: of the result: the FP32 sums are rounded to it once.
 
     Returns:
-        [T, N] FP32.
+        [T, N] in `dtype`.
     """
     a = dequantize(a, a_scale)
     b = b if b_scale is None else dequantize(b, b_scale)
@@ -86,7 +91,7 @@ def grouped_gemm_nt(
         if size:
             torch.mm(a[first : first + size], b[e].t(), out=y[first : first + size])
         first += size
-    return y
+    return y.to(dtype)
 
 
 def grouped_wgrad(
@@ -102,13 +107,14 @@ def grouped_wgrad(
     """out[e] += dy[:, group e] x[:, group e]^T: the weight gradients of grouped experts.
 
     Args:
-        dy, dy_scale: [N, T] in tiles along the tokens of each group (`quantize_transposed`).
-        x, x_scale: [K, T], likewise.
+        dy, dy_scale: [N, 128 S] and [N, S], in tiles along the tokens of each group (`quantize_transposed`).
+        x, x_scale: [K, 128 S] and [K, S], likewise.
         group_sizes: [E], summing to T; an empty group adds nothing.
         out: [E, N, K] FP32.
     """
     for e, (first, last, first_tile, last_tile) in enumerate(token_spans(group_sizes)):
         if last > first:
-            dy_e = dequantize(dy[:, first:last], dy_scale[:, first_tile:last_tile])
-            x_e = dequantize(x[:, first:last], x_scale[:, first_tile:last_tile])
+            columns = slice(first_tile * BLOCK, first_tile * BLOCK + last - first)
+            dy_e = dequantize(dy[:, columns], dy_scale[:, first_tile:last_tile])
+            x_e = dequantize(x[:, columns], x_scale[:, first_tile:last_tile])
             out[e].addmm_(dy_e, x_e.t())

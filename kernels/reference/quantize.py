@@ -29,10 +29,17 @@ from megatron_ext.kernels.layout import (
     FORMATS,
     NAN_BYTE,
     block_rows,
+    data_columns,
+    empty_blocks,
+    empty_data,
+    empty_tiles,
     format_of,
     scale_columns,
     token_spans,
 )
+
+Both = tuple[Tensor, Tensor, Tensor, Tensor]
+"""data, scale, data_t, scale_t: a matrix quantised along its columns, and along its rows as its transpose."""
 
 
 def quantize(
@@ -56,14 +63,32 @@ def quantize(
     amax = reduce(tiles.abs(), "... r c -> ...", "max")
     # A tensor divided by a Python number is multiplied by its reciprocal on CUDA, which is another number.
     scale = (amax / torch.full_like(amax, fmt.largest)).clamp(min=fmt.smallest_scale)
-    if power_of_two:
-        bits = scale.view(torch.int32)
-        scale = (((bits >> 23) + ((bits & 0x7FFFFF) != 0)) << 23).view(torch.float32)
-    scale = scale.masked_fill(~amax.isfinite(), torch.nan)
+    scale = (up_to_power_of_two(scale) if power_of_two else scale).masked_fill(~amax.isfinite(), torch.nan)
     quotient = (tiles / scale[..., None, None]).clamp(-fmt.largest, fmt.largest)
     bytes_ = quotient.to(fmt.dtype).view(torch.uint8).masked_fill(scale.isnan()[..., None, None], NAN_BYTE)
     bytes_ = rearrange(bytes_, "... n k r c -> ... (n r) (k c)")[..., :n, :k]
-    return bytes_.contiguous().view(fmt.dtype), scale
+    return _placed(bytes_, fmt.dtype, scale, rows)
+
+
+def up_to_power_of_two(x: Tensor) -> Tensor:
+    """Positive normal FP32 numbers, each the next power of two that is not below it."""
+    bits = x.view(torch.int32)
+    return (((bits >> 23) + ((bits & 0x7FFFFF) != 0)) << 23).view(torch.float32)
+
+
+def _placed(bytes_: Tensor, dtype: torch.dtype, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Data and scale with the strides of the device's layout; on a CPU that is no copy of what is dense already."""
+    if bytes_.device.type != "cuda":
+        return bytes_.contiguous().view(dtype), scale
+    *stack, height, width = scale.shape
+    place = (
+        empty_tiles(scale[..., 0].numel(), width, scale.device).unflatten(0, (*stack, height))
+        if rows == 1
+        else empty_blocks(stack, height, width, scale.device)
+    )
+    data = empty_data(bytes_.shape, dtype, bytes_.device)
+    data.view(torch.uint8).copy_(bytes_)
+    return data, place.copy_(scale)
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
@@ -95,17 +120,38 @@ def quantize_transposed(
         group_sizes: [E], summing to T: no tile straddles two groups. None for one undivided matrix.
 
     Returns:
-        data [K, T] and scale [K, S]; S and its columns as `layout.token_spans` says.
+        data [K, T] and scale [K, ceil(T / 128)]. With groups data [K, 128 S] and scale [K, S], S = T // 128 + E: a
+        group's tokens begin at the first column of its first tile (`layout.token_spans`), columns that hold no token
+        are zero bytes, tiles without tokens have scale 0.
     """
     if group_sizes is None:
         return quantize(x.t(), (1, BLOCK), power_of_two, format)
-    spans = token_spans(group_sizes)
-    data = torch.empty(x.shape[1], x.shape[0], dtype=FORMATS[format].dtype, device=x.device)
-    scale = x.new_zeros(x.shape[1], scale_columns(x.shape[0], len(spans)), dtype=torch.float32)
+    (tokens, columns), spans = x.shape, token_spans(group_sizes)
+    data = empty_data((columns, data_columns(tokens, len(spans))), torch.uint8, x.device).zero_()
+    scale = empty_tiles(columns, scale_columns(tokens, len(spans)), x.device).zero_()
     for first, last, first_tile, last_tile in spans:
         part, part_scale = quantize(x[first:last].t(), (1, BLOCK), power_of_two, format)
-        data[:, first:last], scale[:, first_tile:last_tile] = part, part_scale
-    return data, scale
+        column = first_tile * BLOCK
+        data[:, column : column + last - first] = part.view(torch.uint8)
+        scale[:, first_tile:last_tile] = part_scale
+    return data.view(FORMATS[format].dtype), scale
+
+
+def quantize_both(
+    x: Tensor,
+    power_of_two: bool = False,
+    format: str = "e4m3",
+    group_sizes: Sequence[int] | Tensor | None = None,
+) -> Both:
+    """x in tiles along its columns and its transpose in tiles along the tokens; backends read x once.
+
+    Args:
+        x, power_of_two, format, group_sizes: as in `quantize_transposed`.
+
+    Returns:
+        data [T, K] and scale [T, ceil(K / 128)] of `quantize`, data and scale of `quantize_transposed`.
+    """
+    return *quantize(x, (1, BLOCK), power_of_two, format), *quantize_transposed(x, power_of_two, format, group_sizes)
 
 
 def requantize_transposed(
@@ -120,6 +166,22 @@ def requantize_transposed(
         group_sizes: as in `quantize_transposed`.
 
     Returns:
-        data [K, T] in the same format and scale [K, S].
+        data in the same format and scale, shaped as those of `quantize_transposed`.
     """
     return quantize_transposed(dequantize(data, scale), True, format_of(data.dtype), group_sizes)
+
+
+def quantize_weight(weight: Tensor) -> Both:
+    """A weight in 128x128 blocks of E4M3 with FP32 scales, and its transpose, whose blocks are those transposed.
+
+    Args:
+        weight: [..., N, K], any floating dtype.
+
+    Returns:
+        data [..., N, K], scale [..., ceil(N / 128), ceil(K / 128)], data_t [..., K, N] and scale_t
+        [..., ceil(K / 128), ceil(N / 128)]; each row-major, none a view of another.
+    """
+    data, scale = quantize(weight, (BLOCK, BLOCK))
+    # A single row is its own transpose, which contiguous() would not copy.
+    data_t, scale_t = (t.mT.clone(memory_format=torch.contiguous_format) for t in (data.view(torch.uint8), scale))
+    return data, scale, *_placed(data_t, data.dtype, scale_t, BLOCK)

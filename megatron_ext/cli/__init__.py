@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from megatron_ext.cli import schedule
+from megatron_ext.cli import quantize, schedule
 from megatron_ext.config.errors import UserError
 
 
@@ -27,6 +28,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(name="megatron-ext", cls=_Commands, no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False)
 app.add_typer(schedule.app, name="schedule")
+app.command(epilog=quantize.EPILOG)(quantize.quantize)
 
 
 @app.callback()
@@ -35,8 +37,60 @@ def main() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Shows what this environment offers: versions, device, CPU kernels, run-time builds and locks left behind."""
-    from megatron_ext.cli.doctor import report
+def doctor(kernels: Annotated[bool, typer.Option(
+        "--kernels", help="Run every FP8 operator on every backend that can, and compare with the reference.")] = False,
+) -> None:
+    """Shows what this environment offers: versions, device, kernels, run-time builds and locks left behind."""
+    from megatron_ext.cli.doctor import check_kernels, report
 
     report()
+    if kernels and not check_kernels():
+        raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert_(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, of any format.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to be made.")],
+    to: Annotated[str, typer.Option(help="Its format: hf, deepseek.")],
+    from_: Annotated[str | None, typer.Option("--from", help="Format of the source; found out if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp8 or fp32; as it is if not given.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json of a source without.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file (hf).")] = "5GB",
+    mp: Annotated[int, typer.Option(help="Model-parallel ranks (deepseek).")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores, at most 8.")] = 0,
+    plan: Annotated[bool, typer.Option("--plan", help="Only says what would be done; reads no numbers.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Reads the result back and converts it back.")] = False,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Reads through symbolic links.")] = False,
+) -> None:
+    """Converts a checkpoint: streamed in bounded memory, resumable, with a manifest of checksums."""
+    from megatron_ext.cli.convert import convert
+
+    convert(source, destination, to, from_, dtype, config, shard_size, mp, workers, plan, verify, follow_links)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint, of any format.")],
+    from_: Annotated[str | None, typer.Option("--from", help="Its format; found out if not given.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json of a checkpoint without.")] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Reads through symbolic links.")] = False,
+) -> None:
+    """Says what a checkpoint is: format, model, layers, dtypes, sizes, layout; reads no numbers."""
+    from megatron_ext.cli.inspect import report
+
+    report(path, from_, config, follow_links)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Folder of a checkpoint, of any format.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another, of any format.")],
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json of those without.")] = None,
+    top: Annotated[int, typer.Option(help="How many tensors to name, the most different first; 0 for all.")] = 20,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Reads through symbolic links.")] = False,
+) -> None:
+    """Names the tensors in which two checkpoints differ, and by how much, across formats; exit code 1 if any does."""
+    from megatron_ext.cli.inspect import compare
+
+    compare(a, b, config, top, follow_links)

@@ -1,7 +1,8 @@
 """`megatron-ext doctor`: what a person needs to know, or to paste into an issue, when a start goes wrong.
 
-Only looks: it compiles nothing, removes nothing and starts no process group. DeepSpeed is not imported, only asked
-for its version.
+Only looks: it removes nothing and starts no process group; where nvcc and a Hopper GPU are, it may compile the CUDA
+kernels to know whether they run, and with `--kernels` it runs them all. DeepSpeed is not imported, only asked for its
+version.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import megatron_ext
+from megatron_ext.cli import kernels
 from megatron_ext.kernels.cpu import library
 from megatron_ext.parallel import extensions
 
@@ -40,6 +42,9 @@ def findings() -> Iterator[tuple[str, str]]:
     capability = torch.backends.cpu.get_cpu_capability()
     yield "processor", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; {capability}"
     yield "CPU kernels", _cpu_kernels()
+    for backend, state in kernels.backends():
+        yield f"FP8 {backend}", state
+    yield "FP8 operators", _chosen()
     tools = {name: shutil.which(name) for name in ("g++", "ninja", "nvcc")}
     yield "build tools", ", ".join(f"{name} {path or 'not on PATH'}" for name, path in tools.items())
     folder = extensions.extensions_folder()
@@ -61,6 +66,27 @@ def _device() -> str:
         return "cpu (torch sees no CUDA device)"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"cuda {torch.version.cuda}: {', '.join(names)}"
+
+
+def _chosen() -> str:
+    """Operators by the backend that runs them where the model would be."""
+    by_backend: dict[str, list[str]] = {}
+    for operator, available in kernels.choices(_model_device()):
+        by_backend.setdefault(available[0], []).append(operator)
+    return "; ".join(f"{backend}: {', '.join(operators)}" for backend, operators in by_backend.items())
+
+
+def check_kernels() -> bool:
+    """Prints a line for every operator and backend, and whether it does as the reference; returns whether all do."""
+    console, right = Console(soft_wrap=True, highlight=False), True
+    for operator, backend, wrong in kernels.check(_model_device()):
+        right = right and wrong is None
+        console.print(f"{operator:<26}{backend:<12}{escape(wrong or 'as the reference')}")
+    return right
+
+
+def _model_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cpu_kernels() -> str:

@@ -15,6 +15,8 @@ Shape letters: T tokens here, k experts of a token, h hidden size, w words of a 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,8 +90,8 @@ class Collective:
         del self._experts, self._first
         self._route(first // self._width, sizes)
         origin = torch.arange(len(tokens), device=tokens.device) + (self.ep.rank << 32)
-        rows = self._token.write(tokens, weights, experts, origin)
-        self._on_way = _Outward("dispatch", self, rows, self._token)
+        self._on_way = _Outward("dispatch", self, self._token.writer(tokens, weights, experts, origin), self._token,
+                                tokens.device)
         return sizes.groups
 
     def _route(self, chunk_PT: Tensor, sizes: Sizes) -> None:
@@ -128,7 +130,7 @@ class Collective:
 
     def start_combine_backward(self, dy: Tensor) -> None:
         """[T, h]."""
-        self._on_way = _Outward("combine_backward", self, self._result_grad.write(dy), self._result_grad)
+        self._on_way = _Outward("combine_backward", self, self._result_grad.writer(dy), self._result_grad, dy.device)
 
     def finish_combine_backward(self, chunk: int) -> Tensor:
         """[C', h], the copies that come in this chunk."""
@@ -173,12 +175,12 @@ class Collective:
 class _Outward:
     """Rows on their way from their source to their copies, chunk by chunk. Drops its buffers after the last chunk."""
 
-    def __init__(self, kind: str, way: Collective, rows: Tensor, row: Row):
+    def __init__(self, kind: str, way: Collective, rows_of: Callable[[Tensor], Tensor], row: Row, device: torch.device):
         self.kind, self.way, self.hops, self.started = kind, way, way.hops, time.perf_counter()
         # One buffer per hop for all chunks: a copy of an early chunk may be needed again in a later one.
-        self.arrived = [rows.new_empty(hop.total, row.words) for hop in self.hops]
+        self.arrived = [torch.empty(hop.total, row.words, dtype=torch.int64, device=device) for hop in self.hops]
         chunks = range(way.terms.chunks)
-        self.first = [self.hops[0].send(kind, chunk, rows, self.arrived[0]) for chunk in chunks]
+        self.first = [self.hops[0].send(kind, chunk, rows_of, self.arrived[0]) for chunk in chunks]
         self.second: list[UnderWay] = []
 
     def advance(self) -> None:
@@ -192,7 +194,8 @@ class _Outward:
             self.first[chunk].wait()
             if second.chosen == chunk:  # in backward it is known
                 self.way.choose_within_node(self.arrived[0][: first.slice(chunk).stop])
-            self.second.append(second.send(self.kind, chunk, self.arrived[0], self.arrived[1]))
+            self.second.append(second.send(self.kind, chunk, partial(torch.index_select, self.arrived[0], 0),
+                                           self.arrived[1]))
 
     def finish(self, chunk: int) -> Tensor:
         """[C', w], the copies that come in this chunk."""

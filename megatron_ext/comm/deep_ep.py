@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import fp8
@@ -32,8 +34,19 @@ from megatron_ext.parallel.expert_parallel import ExpertParallel
 _log = logging.getLogger("megatron_ext")
 
 
-def connect(ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.device) -> Any | None:
+def _everywhere(ready: bool, ep: ExpertParallel) -> bool:
+    found: list[Any] = [None] * ep.size
+    dist.all_gather_object(found, ready, group=ep.group)
+    return all(found)
+
+
+def connect(ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.device, *,
+            everywhere: Callable[[bool, ExpertParallel], bool] = _everywhere) -> Any | None:
     """A `deep_ep.Buffer` for all layers of this expert group; collective over the group.
+
+    Args:
+        everywhere: whether all ranks of the group are ready; the constructor of a buffer is collective, so a rank
+            without the package would leave the others waiting in it.
 
     Returns:
         None where it cannot serve; one line in the log then says why, and that torch.distributed is used.
@@ -48,13 +61,17 @@ def connect(ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.d
     else:
         try:
             kind = importlib.import_module("deep_ep").Buffer
+        except (ImportError, AttributeError) as error:
+            reason = f"deep_ep cannot be imported ({error})"
+        if not everywhere(reason is None, ep):
+            reason = reason or "another rank of the expert group cannot import it"
+    if reason is None:
+        try:
             settings = kind.get_dispatch_config(ep.size), kind.get_combine_config(ep.size)
             width = hidden * dtype.itemsize
             nvl = max(setting.get_nvl_buffer_size_hint(width, ep.size) for setting in settings)
             rdma = max(setting.get_rdma_buffer_size_hint(width, ep.size) for setting in settings)
             return kind(ep.group, nvl, rdma)
-        except ImportError as error:
-            reason = f"deep_ep cannot be imported ({error})"
         except (AssertionError, AttributeError, RuntimeError) as error:
             reason = f"deep_ep refuses {ep.size} ranks ({type(error).__name__}: {error})"
     (_log.warning if ep.rank == 0 else _log.debug)("expert dispatch over torch.distributed, not DeepEP: %s", reason)

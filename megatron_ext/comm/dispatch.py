@@ -35,6 +35,7 @@ from megatron_ext.comm.traffic import Traffic
 from megatron_ext.comm.transit import Transit, joined
 from megatron_ext.comm.wire import MAX_EXPERTS
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.fp8 import QuantizedTensor
 from megatron_ext.kernels.registry import AUTO
 from megatron_ext.parallel.expert_parallel import ExpertParallel
 
@@ -50,7 +51,8 @@ class Dispatcher:
         ep: where they live; without a group nothing is sent, but rows are rounded as if.
         dispatch_dtype: `model`, `bf16` or `fp8`.
         combine_dtype: `model` or `bf16`.
-        backend: of the kernels that quantise for `fp8`.
+        cache_fp8: whether results of experts stay for backward in FP8.
+        backend: of the kernels that quantise.
         chunks: how many parts the experts of a rank are cut into, so that the first can compute while the others'
             tokens travel; the next smaller divisor of E/N is taken. Changes no result (on CPUs the experts' width must
             be a multiple of 32 for that: torch's SiLU rounds the end of a tensor otherwise than full vectors).
@@ -67,6 +69,7 @@ class Dispatcher:
     ep: ExpertParallel
     dispatch_dtype: str = "model"
     combine_dtype: str = "model"
+    cache_fp8: bool = False
     backend: str = AUTO
     chunks: int = 1
     two_hop: bool = False
@@ -110,15 +113,14 @@ class Dispatcher:
                 transport: Transport = DeepEP(experts, terms, self.ep, self.buffer, self.backend)
             else:
                 transport = Collective(experts, terms, self.ep, self.traffic, self.backend)
-        return Transit(transport, terms, (first, last))
+        return Transit(transport, terms, (first, last), cache_fp8=self.cache_fp8, backend=self.backend)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transit: Transit, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         ctx.transit, ctx.dtype = transit, weights.dtype
-        if not transit.started:
-            transit.start_dispatch(tokens, weights)
+        transit.start_dispatch(tokens, weights)
         rows, row_weights = zip(*(transit.finish_dispatch(chunk) for chunk in range(transit.chunks)), strict=True)
         return joined(rows), joined(row_weights)
 
@@ -135,7 +137,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transit: Transit, results: Tensor, row_weights: Tensor) -> Tensor:
         ctx.transit = transit
-        ctx.save_for_backward(results, row_weights)
+        kept = transit.keep(results)
+        ctx.save_for_backward(row_weights, *((kept,) if isinstance(kept, Tensor) else (kept.data, kept.scale)))
         sizes = [transit.rows(chunk) for chunk in range(transit.chunks)]
         transit.start_combine(results.split(sizes), row_weights.split(sizes))
         return transit.finish_combine()
@@ -144,10 +147,12 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor]:
         transit = ctx.transit
-        results, row_weights = ctx.saved_tensors
+        row_weights, *kept = ctx.saved_tensors
         sizes = [transit.rows(chunk) for chunk in range(transit.chunks)]
         transit.start_combine_backward(dy)
-        parts = zip(range(transit.chunks), results.split(sizes), row_weights.split(sizes), strict=True)
+        split = zip(*(part.split(sizes) for part in kept), strict=True)
+        results = [part[0] if len(part) == 1 else QuantizedTensor(*part) for part in split]
+        parts = zip(range(transit.chunks), results, row_weights.split(sizes), strict=True)
         dresults, dweights = zip(*(transit.finish_combine_backward(*part) for part in parts), strict=True)
         return None, joined(dresults), joined(dweights)
 

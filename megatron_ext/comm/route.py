@@ -14,6 +14,7 @@ a node, P places (peers of a hop), I items that a hop starts from, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -219,9 +220,13 @@ class Hop:
         """Chunks whose items are known."""
         return len(self._chosen)
 
-    def send(self, kind: str, chunk: int, items: Tensor, arrived: Tensor) -> UnderWay:
-        """Starts a chunk of [I, w] items; what comes goes into its part of `arrived` [total, w]."""
-        rows = items.index_select(0, self._chosen[chunk])
+    def send(self, kind: str, chunk: int, rows_of: Callable[[Tensor], Tensor], arrived: Tensor) -> UnderWay:
+        """Starts a chunk of items; what comes goes into its part of `arrived` [total, w].
+
+        Args:
+            rows_of: the rows [R, w] of items [R].
+        """
+        rows = rows_of(self._chosen[chunk])
         return self.line.start(kind, rows, self.sent[chunk], self.received[chunk], arrived[self.slice(chunk)])
 
     def send_back(self, kind: str, rows: Tensor) -> UnderWay:

@@ -1,9 +1,7 @@
-"""What expert dispatch and combine send, and how long they are waited for; and what they should send, in closed form.
+"""What expert dispatch and combine send, and how long they are waited for.
 
 Bytes are payload as handed to a collective. What a rank keeps for itself is not counted; the rest goes inside a node
 ("node") or between nodes ("fabric"). Without a node layout all ranks count as one node.
-
-Shape letters: T tokens of a rank, k experts of a token, E experts, N ranks, G nodes of L ranks.
 """
 
 from __future__ import annotations
@@ -11,11 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from megatron_ext.parallel.layout import NodeLayout
 
 KINDS = ("counts", "dispatch", "combine", "combine_backward", "dispatch_backward")
 LINKS = ("self", "node", "fabric")
@@ -46,30 +39,3 @@ class Traffic:
         (from start to the return of the last finish). Starts again from nothing."""
         sums, self._sums = self._sums, Counter()
         return {kind: {what: sums[kind, what] for what in ("node", "fabric", "exposed", "under_way")} for kind in KINDS}
-
-
-def copies_sent(experts: Sequence[Tensor], num_experts: int, layout: NodeLayout, two_hop: bool) -> list[dict[str, int]]:
-    """How many rows each rank sends in one dispatch, counted straight from the routing.
-
-    The way back has as many, from the receiver to the sender; on each link they sum up to the same over all ranks.
-
-    Args:
-        experts: per rank [T, k], T may differ.
-        num_experts: E.
-
-    Returns:
-        Per rank: rows to other ranks of its "node", rows over the "fabric".
-    """
-    ranks, found = len(experts), [dict.fromkeys(LINKS[1:], 0) for _ in experts]
-    for source, chosen in enumerate(experts):
-        owners = chosen * ranks // num_experts
-        visited = torch.zeros(len(chosen), ranks, dtype=torch.bool).scatter_(1, owners.cpu(), True)
-        for node, there in enumerate(visited.split(layout.ranks_per_node, dim=1)):
-            entry = node * layout.ranks_per_node + layout.local(source) if two_hop else source
-            if entry != source:
-                found[source]["fabric"] += int(there.any(1).sum())
-            for local, rows in enumerate(there.sum(0).tolist()):
-                target = node * layout.ranks_per_node + local
-                if target != entry:
-                    found[entry]["node" if layout.node(entry) == node else "fabric"] += rows
-    return found

@@ -24,8 +24,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron_ext import fp8
 from megatron_ext.comm.copies import Copies, Transport
 from megatron_ext.comm.route import Segments, Terms
+from megatron_ext.fp8 import QuantizedTensor
+from megatron_ext.kernels.registry import AUTO
 
 _EXPERT_SHIFT = 48  # an origin is (rank << 32) + token, below 1 << 48
 
@@ -42,8 +45,10 @@ class Transit:
         chunks: how many parts the experts of this rank are cut into.
     """
 
-    def __init__(self, transport: Transport, terms: Terms, experts_here: tuple[int, int]):
+    def __init__(self, transport: Transport, terms: Terms, experts_here: tuple[int, int], *, cache_fp8: bool = False,
+                 backend: str = AUTO):
         self.chunks = terms.chunks
+        self._cache_fp8, self._backend = cache_fp8, backend
         self._transport, self._terms = transport, terms
         self._first_expert, last = experts_here
         self._width = (last - self._first_expert) // terms.chunks
@@ -51,11 +56,6 @@ class Transit:
         self._parts: list[Copies] = []
         self._payload: Tensor | None = None
         self._pairs: list[Tensor] = []  # per chunk [R_c], copy * k + slot of each row
-
-    @property
-    def started(self) -> bool:
-        """Whether `start_dispatch` has been called."""
-        return self._groups is not None
 
     def group_sizes(self, chunk: int | None = None) -> list[int]:
         """Rows of each of the e experts here; 0 for experts of other chunks, if one is asked for."""
@@ -141,11 +141,20 @@ class Transit:
         self._finished = 0
 
     @torch.no_grad()
-    def finish_combine_backward(self, chunk: int, results: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, results: Tensor) -> Tensor | QuantizedTensor:
+        """What stays of results [R_c, h] until backward, where only the gradients of the router's weights need them: in
+        FP8 if the model caches its activations so, which a sum over h numbers averages out."""
+        if not self._cache_fp8:
+            return results
+        return fp8.quantize(results, power_of_two=True, backend=self._backend)
+
+    @torch.no_grad()
+    def finish_combine_backward(self, chunk: int, results: Tensor | QuantizedTensor,
+                                weights: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a chunk's results and weights.
 
         Args:
-            results: [R_c, h], those given to `start_combine`.
+            results: [R_c, h], those given to `start_combine`, as `keep` left them.
             weights: [R_c], likewise.
 
         Returns:
@@ -155,8 +164,10 @@ class Transit:
         self._finished += 1
         payload = self._gather_payload(self._transport.finish_combine_backward(chunk), chunk)
         dcopies = payload.index_select(0, self._pairs[chunk] // self._k).to(weights.dtype)
+        if isinstance(results, QuantizedTensor):
+            results = results.dequantize(weights.dtype, backend=self._backend)
         dweights = (results.to(weights.dtype) * dcopies).sum(-1)
-        return dcopies.mul_(weights.unsqueeze(-1)).to(results.dtype), dweights
+        return dcopies.mul_(weights.unsqueeze(-1)).to(self._terms.dtype), dweights
 
     @torch.no_grad()
     def start_dispatch_backward(self, drows: Sequence[Tensor], dweights: Sequence[Tensor]) -> None:

@@ -15,13 +15,14 @@ Shape letters: R rows, h hidden size, k experts of a token, b bytes of a payload
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from megatron_ext import fp8
+from megatron_ext.fp8.operators import call
 from megatron_ext.kernels.registry import AUTO
 
 FORMATS = ("model", "bf16", "fp8")
@@ -40,32 +41,8 @@ def payload_bytes(wire: str, hidden: int, dtype: torch.dtype) -> int:
     return {"model": hidden * dtype.itemsize, "bf16": 2 * hidden, "fp8": hidden + -(-hidden // TILE)}[wire]
 
 
-def row_bytes(wire: str, hidden: int, dtype: torch.dtype, weights: int = 0, routed: bool = False) -> int:
-    """Bytes of a whole row, in closed form.
-
-    Args:
-        wire: format of the payload.
-        hidden: h.
-        dtype: of the model.
-        weights: how many weights, or gradients of weights, go with the payload: k or 0.
-        routed: whether origin and numbers of experts do (dispatch: k weights and routing; combine: neither; backward
-            of combine: neither; backward of dispatch: k weights).
-    """
-    return Row(wire, hidden, dtype, weights, routed).bytes
-
-
-def encode(x: Tensor, wire: str, backend: str = AUTO) -> Tensor:
-    """[R, h] in the model's dtype -> [R, b] uint8, contiguous. No copy if `wire` is `model` and x is contiguous.
-
-    `backend` is that of the kernels which quantise; all of them write the same bytes.
-    """
-    if wire == "fp8":
-        return torch.cat(_quantized(x, backend), dim=-1)
-    return (x if wire == "model" else x.to(torch.bfloat16)).contiguous().view(torch.uint8)
-
-
 def decode(payload: Tensor, wire: str, hidden: int, dtype: torch.dtype, backend: str = AUTO) -> Tensor:
-    """The inverse: [R, b] uint8 -> [R, h] in `dtype`. A view if `wire` is `model`; the bytes of a row are neighbours
+    """[R, b] uint8 -> [R, h] in `dtype`. A view if `wire` is `model`; the bytes of a row are neighbours
     and begin at a multiple of the numbers' size."""
     if wire == "model":
         return payload.view(dtype)
@@ -74,15 +51,7 @@ def decode(payload: Tensor, wire: str, hidden: int, dtype: torch.dtype, backend:
     data, exponents = payload.split((hidden, payload.shape[-1] - hidden), dim=-1)
     scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     data = data.contiguous().view(torch.float8_e4m3fn)
-    return fp8.QuantizedTensor(data, scale, block=(1, TILE)).dequantize(dtype, backend=backend)
-
-
-def _quantized(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """[R, h] -> [R, h] and [R, h / 128] uint8: E4M3 numbers and the exponents of their scales."""
-    quantized = fp8.quantize(x, block=(1, TILE), power_of_two=True, backend=backend)
-    # A power of two is its FP32 exponent field.
-    exponents = (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return quantized.data.view(torch.uint8), exponents
+    return call("dequantize", data, scale, backend=backend).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -128,16 +97,23 @@ class Row:
         return self.bytes // WORD
 
     def write(self, x: Tensor, weights: Tensor | None = None, experts: Tensor | None = None,
-              origin: Tensor | None = None) -> Tensor:
-        """[R, h], [R, k], [R, k] and [R] of any strides -> [R, w] int64."""
-        rows = torch.empty(len(x), self.words, dtype=torch.int64, device=x.device)
+              origin: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+        """[T, h], [T, k], [T, k] and [T] of any strides -> [R, w] int64.
+
+        Args:
+            source: [R], the token of each row; None for all in order. In FP8 tokens are gathered and quantised in one
+                pass, straight into their rows.
+        """
+        if source is not None:
+            weights, experts, origin = (None if t is None else t[source] for t in (weights, experts, origin))
+        rows = torch.empty(len(x if source is None else source), self.words, dtype=torch.int64, device=x.device)
         payload, origins, end, last = self._ends
         places = rows.view(torch.uint8)
         if self.wire == "fp8":
-            data, exponents = _quantized(x, self.backend)
-            places[:, : self.hidden] = data
-            places[:, self.hidden : payload] = exponents
+            every = torch.arange(len(x), device=x.device) if source is None else source
+            call("quantize_rows", x, every, places, backend=self.backend)
         else:
+            x = x if source is None else x.index_select(0, source)
             places[:, :payload].view(self.dtype if self.wire == "model" else torch.bfloat16).copy_(x)
         if weights is not None:
             places[:, origins:end].view(self.accumulator).copy_(weights)
@@ -145,6 +121,16 @@ class Row:
             rows[:, origins // WORD - 1] = origin
             places[:, end:last].view(torch.int16).copy_(experts)
         return rows
+
+    def writer(self, x: Tensor, weights: Tensor | None = None, experts: Tensor | None = None,
+               origin: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """What turns chosen tokens [R] into rows [R, w], for several choices among the same tokens.
+
+        In FP8 each choice reads the tokens; what needs no quantising is written once and gathered from.
+        """
+        if self.wire == "fp8":
+            return lambda source: self.write(x, weights, experts, origin, source)
+        return partial(torch.index_select, self.write(x, weights, experts, origin), 0)
 
     def payload(self, rows: Tensor) -> Tensor:
         """[R, w] -> [R, h] in the model's dtype; may be a view."""

@@ -150,9 +150,17 @@ def check_deepspeed_config(ds_config: Mapping[str, Any], section: MegatronExtCon
             raise ConfigError(key, value, f"{kind} parallelism is not supported",
                               "the ranks are divided into pipeline stages, replicas and experts")
     _check_pipeline(section)
+    _check_recompute(section)
     _check_zero(ds_config)
     _check_numbers(ds_config)
     _check_moments(ds_config, section)
+
+
+def _check_recompute(section: MegatronExtConfig) -> None:
+    """RMSNorm keeps its input alone whether it is listed or not, SwiGLU its inputs in FP8."""
+    if "swiglu" in section.recompute and not section.fp8.enabled:
+        raise ConfigError("megatron_ext.recompute", list(section.recompute), "swiglu is recomputed with FP8 only",
+                          'set megatron_ext.fp8.enabled, or recompute "mlp"')
 
 
 def _check_pipeline(section: MegatronExtConfig) -> None:

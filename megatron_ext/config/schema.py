@@ -70,7 +70,8 @@ class Fp8Section(_Section):
 
 
 class KernelsSection(_Section):
-    backend: Literal["auto", "reference", "cpu"] = Field(default="auto", description='"auto", "reference" or "cpu"')
+    backend: Literal["auto", "cuda", "deep_gemm", "torch", "triton", "cpu", "reference"] = Field(
+        default="auto", description='"auto", "cuda", "deep_gemm", "torch", "triton", "cpu" or "reference"')
 
 
 class RouterSection(_Section):
@@ -94,8 +95,8 @@ class MegatronExtConfig(_Section):
     kernels: KernelsSection = Field(default=KernelsSection(), description="an object")
     router: RouterSection = Field(default=RouterSection(), description="an object")
     optimizer: OptimizerSection = Field(default=OptimizerSection(), description="an object")
-    recompute: tuple[Literal["attention", "mlp"], ...] = Field(
-        default=(), strict=False, description='a list of "attention" and "mlp"')
+    recompute: tuple[Literal["attention", "mlp", "rms_norm", "swiglu"], ...] = Field(
+        default=(), strict=False, description='a list of "attention", "mlp", "rms_norm" and "swiglu"')
 
     def resolved(self) -> dict[str, Any]:
         """Every key with the value in force, as JSON would hold it: for records of a run and for checkpoints."""
@@ -108,8 +109,7 @@ _LATER_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("router",): ("sequence_loss",),
 }
 _LATER_VALUES: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("kernels", "backend"): ("triton", "cuda", "torch", "deep_gemm"),
-    ("recompute",): ("rms_norm", "mla_up_projection", "swiglu"),
+    ("recompute",): ("mla_up_projection",),
 }
 
 

@@ -2,8 +2,9 @@
 
 `"two_hop": "auto"` is settled before the first step, by timing both ways with random tokens over the real links;
 afterwards it stays, for sums inside a node round otherwise than sums over ranks. `"dispatch_chunks": "auto"` is settled
-in the first steps, which run every candidate in turn: chunks change no result, so trying them costs nothing. Rank 0
-decides both, all ranks follow, checkpoints keep the choice, and a resumed job does not measure again.
+in the first steps, which run every candidate in turn: chunks change no result, so trying them costs nothing. Both are
+decided from times gathered from all ranks, by the same arithmetic on each; checkpoints keep the choice, and a resumed
+job does not measure again.
 
 Letters: N ranks of an expert group on G nodes, E experts of a layer, T tokens.
 """

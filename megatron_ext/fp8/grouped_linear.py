@@ -74,7 +74,8 @@ def grouped_linear(
 
     Args:
         x: [T, K], BF16 or FP32, rows sorted by expert; or `quantize_input` of it, which several products share.
-        group_sizes: [E] rows of each expert, summing to T; a list, or an int64 tensor (on a GPU that synchronises).
+        group_sizes: [E] rows of each expert, summing to T; a list, or an int64 tensor (one on a GPU stays there, but is
+            read without `precision.fp8`).
         weight: [E, N, K]. A sink on it gets one closure, which adds to main_grad[e] of every expert with tokens.
         precision: `fp8` chooses quantised or plain products; backend and weight cache. None quantises, as in `linear`.
 
@@ -86,15 +87,38 @@ def grouped_linear(
             run here.
     """
     precision = precision or Precision(fp8=True)
-    groups = host_sizes(group_sizes)
     given = x.x if isinstance(x, QuantizedInput) else x
-    if given.dim() != 2 or weight.dim() != 3 or given.shape[1] != weight.shape[2]:
-        raise ConfigError("x", list(given.shape), f"must be [T, K] for a weight [E, N, K] = {list(weight.shape)}")
-    if len(groups) != weight.shape[0] or sum(groups) != given.shape[0] or min(groups, default=0) < 0:
-        rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {given.shape[0]}"
-        raise ConfigError("group_sizes", groups, rule)
+    check_groups(given, group_sizes, weight)
     if precision.fp8:
-        return multiply(x, weight, None, groups, precision)
+        return multiply(x, weight, None, sizes_on(group_sizes, given.device), precision)
     if isinstance(x, QuantizedInput):
         raise ConfigError("precision.fp8", False, "x is quantised already", "give the precision that quantised it")
-    return _GroupedLinear.apply(x, weight, groups)
+    return _GroupedLinear.apply(x, weight, host_sizes(group_sizes))
+
+
+def check_groups(x: Tensor, group_sizes: Sequence[int] | Tensor, weight: Tensor) -> None:
+    """Whether rows x [T, K] in groups fit experts [E, N, K]. Sizes on a GPU are not read, for that would wait for it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+        raise ConfigError("x", list(x.shape), f"must be [T, K] for a weight [E, N, K] = {list(weight.shape)}")
+    rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {x.shape[0]}"
+    if len(group_sizes) != weight.shape[0]:
+        raise ConfigError("group_sizes", list(group_sizes), rule)
+    if isinstance(group_sizes, Tensor) and group_sizes.is_cuda:
+        return
+    groups = host_sizes(group_sizes)
+    if sum(groups) != x.shape[0] or min(groups, default=0) < 0:
+        raise ConfigError("group_sizes", groups, rule)
+
+
+def sizes_on(group_sizes: Sequence[int] | Tensor, device: torch.device) -> list[int] | Tensor:
+    """Group sizes where kernels read them: a list for a CPU, an int64 tensor on a GPU, without waiting for it."""
+    if device.type != "cuda":
+        return host_sizes(group_sizes)
+    if isinstance(group_sizes, Tensor):
+        return group_sizes.to(device, torch.int64)
+    # From pageable memory the copy would wait for the device.
+    return torch.tensor(group_sizes, dtype=torch.int64).pin_memory().to(device, non_blocking=True)

@@ -5,8 +5,9 @@
     wgrad   dW = dy^T x     dy and x in tiles of 128 tokens, accumulated in FP32
 
 The one copy of x kept for backward is in FP8 with power-of-two scales, so that turning its tiles towards the tokens for
-wgrad shifts exponents and (but for numbers that fall below the normal range) rounds nothing a second time. dy is at
-hand in the model's dtype in backward and is quantised from it in both directions, with FP32 scales.
+wgrad shifts exponents and (but for numbers that fall below the normal range) rounds nothing a second time. The input of
+the projection after attention is kept in E5M6 instead (`cache="e5m6"`), for its gradient feels the rounding most. dy is
+at hand in the model's dtype in backward and is quantised from it in both directions at once, with FP32 scales.
 
 Shape letters: [..., K] input, [N, K] weight, [..., N] output, T the product of the leading dimensions; in the grouped
 form [T, K], [E, N, K], [T, N].
@@ -14,8 +15,9 @@ form [T, K], [E, N, K], [T, N].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +28,14 @@ from megatron_ext.fp8.operators import call
 from megatron_ext.fp8.precision import Precision
 from megatron_ext.fp8.tensor import TILE, WEIGHT_BLOCK
 from megatron_ext.fp8.weight_grad import deliver
+
+Pair = tuple[Tensor, Tensor]
+"""Data and scale."""
+
+Groups = list[int] | Tensor | None
+"""Rows of each expert: on the host for a CPU, on the device for a GPU, whose kernels read them there; None is dense."""
+
+Cache = Literal["e4m3", "e5m6"]
 
 
 def _weight_operands(weight: Tensor, precision: Precision) -> Any:
@@ -39,12 +49,36 @@ def _weight_operands(weight: Tensor, precision: Precision) -> Any:
     return build() if precision.weights is None else precision.weights.get(weight, backend, build)
 
 
+def forward_product(x8: Pair, weight: Tensor, groups: Groups, dtype: torch.dtype, precision: Precision) -> Tensor:
+    """x [T, K] in 1x128 tiles times W^T -> [T, N], the FP32 sums rounded to `dtype`."""
+    return _product(x8, _weight_operands(weight, precision)[0], groups, dtype, precision.backend)
+
+
+def input_gradient(dy8: Pair, weight: Tensor, groups: Groups, dtype: torch.dtype, precision: Precision) -> Tensor:
+    """dy [T, N] in 1x128 tiles times W -> [T, K], the FP32 sums rounded to `dtype`."""
+    return _product(dy8, _weight_operands(weight, precision)[1], groups, dtype, precision.backend)
+
+
+def _product(a8: Pair, operand: Any, groups: Groups, dtype: torch.dtype, backend: str) -> Tensor:
+    if groups is None:
+        return call("gemm_nt", *a8, *operand, None, dtype, backend=backend)
+    return call("grouped_gemm_nt", *a8, *operand, groups, dtype, backend=backend)
+
+
+def accumulate_weight_gradient(main_grad: Tensor, dy8_NT: Pair, x8_KT: Pair, groups: Groups, backend: str) -> None:
+    """main_grad [N, K] or [E, N, K] += dy^T x, both operands in tiles along the tokens."""
+    if groups is None:
+        call("gemm_nt", *dy8_NT, *x8_KT, main_grad, backend=backend)
+    else:
+        call("grouped_wgrad", *dy8_NT, *x8_KT, groups, main_grad, backend=backend)
+
+
 @dataclass(frozen=True)
 class QuantizedInput:
     """The input of several layers: itself, for autograd, and the one FP8 copy that all of them multiply and keep.
 
     Attributes:
-        x: [..., K] in the model's dtype; no layer keeps it.
+        x: [..., K] in the model's dtype; no layer keeps it. From `rms_norm_input` it has a shape and a gradient only.
         data: [T, K] float8_e4m3fn.
         scale: [T, ceil(K / 128)] FP32, powers of two.
     """
@@ -54,15 +88,51 @@ class QuantizedInput:
     scale: Tensor
 
 
-def quantize_input(x: Tensor, precision: Precision | None) -> Tensor | QuantizedInput:
+def quantize_input(x: Tensor | QuantizedInput, precision: Precision | None) -> Tensor | QuantizedInput:
     """x [..., K] as `linear` and `grouped_linear` take it: quantised once, however many of them it is given to.
 
-    Returns x itself if `precision` is None or does not quantise, so that a layer need not ask.
+    Returns x itself if `precision` is None or does not quantise, if it is quantised already, or in code that
+    torch.compile traces (there every layer quantises for itself, to the same bytes), so that a layer need not ask.
     """
-    if precision is None or not precision.fp8:
+    if precision is None or not precision.fp8 or isinstance(x, QuantizedInput) or torch.compiler.is_compiling():
         return x
     x_TK = x.detach().reshape(-1, x.shape[-1])
     return QuantizedInput(x, *call("quantize", x_TK, TILE, True, backend=precision.backend))
+
+
+def linear_forward(x_TK: Tensor, weight: Tensor, bias: Tensor | None, x8: Pair, groups: Groups, precision: Precision,
+                   cache: Cache) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y [T, N] in the dtype of x, and what the weight gradient needs of x."""
+    dtype = x_TK.dtype
+    y = forward_product(x8, weight, groups, dtype if bias is None else torch.float32, precision)
+    kept = call("pack_e5m6", x_TK, backend=precision.backend) if cache == "e5m6" else x8
+    return (y if bias is None else (y + bias).to(dtype)), kept
+
+
+def linear_backward(dy_TN: Tensor, weight: Tensor, bias: Tensor | None, kept: Sequence[Tensor],
+                    needs: tuple[bool, bool, bool], groups: Groups, precision: Precision) -> list[Tensor | None]:
+    """Gradients of x, weight and bias where they are needed; None where a sink takes them."""
+    backend = precision.backend
+    dx = dweight = dbias = None
+    dy8, dy8_NT = quantize_gradient(dy_TN, groups, needs[0], needs[1], backend)
+    if needs[0]:
+        dx = input_gradient(dy8, weight, groups, dy_TN.dtype, precision)
+    if needs[1]:
+
+        def accumulate(main_grad: Tensor) -> None:
+            if len(kept) == 3:
+                x_TK = call("unpack_e5m6", *kept, backend=backend)
+                x8_KT = call("quantize_transposed", x_TK, True, "e4m3", groups, backend=backend)
+            else:
+                x8_KT = call("requantize_transposed", *kept, groups, backend=backend)
+            accumulate_weight_gradient(main_grad, dy8_NT, x8_KT, groups, backend)
+
+        dweight = deliver(weight, accumulate)
+    if needs[2]:
+        # Summed now: [N] waits for the sink, where a closure over dy would keep all of [T, N].
+        total = dy_TN.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
+        dbias = deliver(bias, lambda main_grad: main_grad.add_(total))
+    return [dx, dweight, dbias]
 
 
 class QuantizedLinear(torch.autograd.Function):
@@ -76,55 +146,41 @@ class QuantizedLinear(torch.autograd.Function):
         bias: Tensor | None,
         data: Tensor,
         scale: Tensor,
-        groups: list[int] | None,
+        groups: Groups,
         precision: Precision,
+        cache: Cache,
     ) -> Tensor:
-        backend, x8 = precision.backend, (data, scale)
-        forward_weight, _ = _weight_operands(weight, precision)
-        if groups is None:
-            y = call("gemm_nt", *x8, *forward_weight, backend=backend)
-        else:
-            y = call("grouped_gemm_nt", *x8, *forward_weight, groups, backend=backend)
-        ctx.save_for_backward(weight, *(x8 if ctx.needs_input_grad[1] else ()))
+        needed = ctx.needs_input_grad[1]
+        y, kept = linear_forward(x_TK, weight, bias, (data, scale), groups, precision, cache if needed else "e4m3")
+        ctx.save_for_backward(weight, *(kept if needed else ()))
         ctx.weight, ctx.bias = weight, bias  # the objects that carry the sinks
-        ctx.groups, ctx.precision, ctx.dtype = groups, precision, x_TK.dtype
-        return (y if bias is None else y + bias).to(x_TK.dtype)
+        ctx.groups, ctx.precision = groups, precision
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        groups, backend = ctx.groups, ctx.precision.backend
-        _, *x8 = ctx.saved_tensors  # the weight is saved for autograd's check that nobody has changed it since
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            _, backward_weight = _weight_operands(ctx.weight, ctx.precision)
-            dy8 = call("quantize", dy_TN, TILE, backend=backend)
-            if groups is None:
-                dx = call("gemm_nt", *dy8, *backward_weight, backend=backend)
-            else:
-                dx = call("grouped_gemm_nt", *dy8, *backward_weight, groups, backend=backend)
-            dx = dx.to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            # Quantised now, not in the closure: while the gradient waits it holds one byte a number of x and dy.
-            dy8 = call("quantize_transposed", dy_TN, False, "e4m3", groups, backend=backend)
+        _, *kept = ctx.saved_tensors  # the weight is saved for autograd's check that nobody has changed it since
+        gradients = linear_backward(dy_TN, ctx.weight, ctx.bias, kept, ctx.needs_input_grad[:3], ctx.groups,
+                                    ctx.precision)
+        return *gradients, None, None, None, None, None
 
-            def accumulate(main_grad: Tensor) -> None:
-                x8_KT = call("requantize_transposed", *x8, groups, backend=backend)
-                if groups is None:
-                    call("gemm_nt", *dy8, *x8_KT, main_grad, backend=backend)
-                else:
-                    call("grouped_wgrad", *dy8, *x8_KT, groups, main_grad, backend=backend)
 
-            dweight = deliver(ctx.weight, accumulate)
-        if ctx.needs_input_grad[2]:
-            # Summed now: [N] waits for the sink, where a closure over dy would keep all of [T, N].
-            total = dy_TN.sum(0, dtype=torch.promote_types(ctx.bias.dtype, torch.float32))
-            dbias = deliver(ctx.bias, lambda main_grad: main_grad.add_(total))
-        return dx, dweight, dbias, None, None, None, None
+def quantize_gradient(dy_TN: Tensor, groups: Groups, rows: bool, columns: bool, backend: str) -> tuple[Any, Any]:
+    """dy for dgrad, in 1x128 tiles, and for wgrad, in tiles along the tokens; None for what is not asked for.
+
+    Both are made at once, also where the weight gradient comes later: while it waits it holds one byte a number of dy.
+    """
+    if rows and columns:
+        data, scale, data_t, scale_t = call("quantize_both", dy_TN, False, "e4m3", groups, backend=backend)
+        return (data, scale), (data_t, scale_t)
+    return (call("quantize", dy_TN, TILE, backend=backend) if rows else None,
+            call("quantize_transposed", dy_TN, False, "e4m3", groups, backend=backend) if columns else None)
 
 
 def linear(
-    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None = None, *, precision: Precision | None = None
+    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None = None, *, precision: Precision | None = None,
+    cache: Cache = "e4m3",
 ) -> Tensor:
     """y = x W^T + b with every operand in FP8 and a separable weight gradient.
 
@@ -133,6 +189,8 @@ def linear(
         weight: [N, K]; neither N nor K has to be a multiple of 128.
         bias: [N] or None, added in FP32.
         precision: backend and weight cache; None is the automatic backend and no cache.
+        cache: what x is kept in for the weight gradient: "e4m3", what it is multiplied in, 1.03 bytes a number, or
+            "e5m6", rounded eight times finer, 1.53 bytes; that takes a plain x.
 
     Returns:
         [..., N] in the dtype of x. Gradients come in the dtypes of their tensors.
@@ -147,14 +205,21 @@ def linear(
     given = x.x if isinstance(x, QuantizedInput) else x
     if weight.dim() != 2 or given.shape[-1] != weight.shape[-1]:
         raise ConfigError("x", list(given.shape), f"must be [..., K] for a weight [N, K] = {list(weight.shape)}")
-    return multiply(x, weight, bias, None, precision).view(*given.shape[:-1], weight.shape[0])
+    if cache not in get_args(Cache) or (cache == "e5m6" and isinstance(x, QuantizedInput)):
+        raise ConfigError("cache", cache, 'must be "e4m3", or "e5m6" for an x that is not quantised yet')
+    return multiply(x, weight, bias, None, precision, cache).view(*given.shape[:-1], weight.shape[0])
 
 
 def multiply(
-    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None, groups: list[int] | None, precision: Precision
+    x: Tensor | QuantizedInput, weight: Tensor, bias: Tensor | None, groups: Groups, precision: Precision,
+    cache: Cache = "e4m3",
 ) -> Tensor:
     """`QuantizedLinear` of operands already checked: [..., K] -> [T, N]."""
+    if torch.compiler.is_compiling() and not isinstance(x, QuantizedInput):
+        from megatron_ext.fp8 import compiled
+
+        return compiled.linear(x.reshape(-1, x.shape[-1]), weight, bias, groups, precision.backend, cache)
     operand = x if isinstance(x, QuantizedInput) else quantize_input(x, precision)
     assert isinstance(operand, QuantizedInput)
     x_TK = operand.x.reshape(-1, operand.x.shape[-1])
-    return QuantizedLinear.apply(x_TK, weight, bias, operand.data, operand.scale, groups, precision)
+    return QuantizedLinear.apply(x_TK, weight, bias, operand.data, operand.scale, groups, precision, cache)

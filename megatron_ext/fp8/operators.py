@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.kernels.layout import BLOCK
+from megatron_ext.kernels import registry
 from megatron_ext.kernels.registry import AUTO, OPERATORS, BackendError
 
 
@@ -32,14 +32,12 @@ def check_backend(backend: str, device: torch.device) -> None:
         device: where the model will be.
 
     Raises:
-        ConfigError: there is no such backend, or it cannot run one of its operators there on blocks of 128 x 128.
+        ConfigError: there is no such backend, it is for other devices, or this machine lacks what it needs.
     """
-    sample = torch.empty(BLOCK, BLOCK, device=device)
-    for operator in OPERATORS.operators:
-        try:
-            OPERATORS.select(operator, sample, backend=backend)
-        except BackendError as error:
-            raise _refusal(error) from None
+    try:
+        registry.check_backend(backend, device)
+    except BackendError as error:
+        raise _refusal(error) from None
 
 
 def _refusal(error: BackendError) -> ConfigError:

@@ -78,5 +78,5 @@ class Precision:
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(get_args(kind))}")
         if self.backend not in (names := (AUTO, *OPERATORS.backends)):
-            hint = f"available here: {', '.join(names)}"
+            hint = f"known: {', '.join(names)}"
             raise ConfigError("kernels.backend", self.backend, "there is no backend of that name", hint)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from megatron_ext import fp8
-from megatron_ext.fp8 import Precision
+from megatron_ext.fp8 import Precision, QuantizedInput
 from megatron_ext.kernels.matmul import compute_dtype
 from megatron_ext.layers.linear import PrecisionLinear
 from megatron_ext.layers.norm import RMSNorm
@@ -49,7 +49,7 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = PrecisionLinear(hidden, self.latent + self.rope, config.attention_bias, std=std)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
         self.kv_b_proj = PrecisionLinear(self.latent, heads * (self.nope + self.value), std=std)
-        self.o_proj = PrecisionLinear(heads * self.value, hidden, config.attention_bias, std=std)
+        self.o_proj = PrecisionLinear(heads * self.value, hidden, config.attention_bias, std=std, cache="e5m6")
         self.rotary = RotaryEmbedding(self.rope, config.rope_theta, config.rope_scaling, config.rope_interleave)
         yarn_factor = 1.0 if config.rope_scaling is None else config.rope_scaling.softmax_factor()
         self.softmax_scale = (self.nope + self.rope) ** -0.5 * yarn_factor
@@ -59,26 +59,30 @@ class LatentAttention(nn.Module):
             if isinstance(module, PrecisionLinear):
                 module.set_precision(precision)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, h] -> [B, T, h], in the dtype of x."""
-        shared = fp8.quantize_input(x, self.kv_a_proj_with_mqa.precision)
+    @property
+    def precision(self) -> Precision | None:
+        return self.kv_a_proj_with_mqa.precision
+
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """[B, T, h] -> [B, T, h], in the dtype of x; quantised already only where the precision is FP8."""
+        shared = fp8.quantize_input(x, self.precision)
         if self.q_lora_rank is None:
             q = self.q_proj(shared)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(shared)))
+            q = self.q_b_proj(self.q_a_layernorm.quantized(self.q_a_proj(shared), self.precision))
         q_BHTD = rearrange(q, "b t (h d) -> b h t d", h=self.heads)
         q_nope, q_rope = q_BHTD.split((self.nope, self.rope), dim=-1)
 
         latent, k_rope = self.kv_a_proj_with_mqa(shared).split((self.latent, self.rope), dim=-1)
-        kv = rearrange(self.kv_b_proj(self.kv_a_layernorm(latent)), "b t (h d) -> b h t d", h=self.heads)
-        k_nope, v_BHTV = kv.split((self.nope, self.value), dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm.quantized(latent, self.precision))
+        k_nope, v_BHTV = rearrange(kv, "b t (h d) -> b h t d", h=self.heads).split((self.nope, self.value), dim=-1)
 
         k_rope_BHTR = self.rotary(rearrange(k_rope, "b t d -> b 1 t d")).expand(-1, self.heads, -1, -1)
         q_BHTD = torch.cat((q_nope, self.rotary(q_rope)), dim=-1)
         k_BHTD = torch.cat((k_nope, k_rope_BHTR), dim=-1)
 
-        dtype = compute_dtype(x)
+        dtype = compute_dtype(q)
         y_BHTV = F.scaled_dot_product_attention(
             q_BHTD.to(dtype), k_BHTD.to(dtype), v_BHTV.to(dtype), is_causal=True, scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0).to(x.dtype)
+            dropout_p=self.dropout if self.training else 0.0).to(q.dtype)
         return self.o_proj(rearrange(y_BHTV, "b h t d -> b t (h d)"))

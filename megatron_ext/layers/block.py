@@ -93,10 +93,11 @@ class TransformerBlock(nn.Module):
                 Phase("sum", ("residual", *self.mlp.outputs), ("x",), self._sum)]
 
     def _attention(self, _: Passage, x: Tensor) -> Tensor:
-        return x + self._dropped(self.self_attn(self.input_layernorm(x)))
+        return x + self._dropped(self.self_attn(self.input_layernorm.quantized(x, self.self_attn.precision)))
 
     def _dense(self, _: Passage, residual: Tensor) -> Tensor:
-        return residual + self._dropped(self.mlp(self.post_attention_layernorm(residual)))
+        normed = self.post_attention_layernorm.quantized(residual, self.mlp.precision)
+        return residual + self._dropped(self.mlp(normed))
 
     def _route(self, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         residual = self._attention(passage, x)

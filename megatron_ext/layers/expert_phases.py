@@ -6,10 +6,12 @@ Shape letters: T tokens, k experts of a token, R rows of a chunk, h hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from megatron_ext.comm.dispatch import Dispatcher, Transit, combine, dispatch
+from megatron_ext.fp8 import QuantizedTensor
 from megatron_ext.layers.phases import Passage
 
 
@@ -41,6 +43,9 @@ class Dispatch(_Exchange):
         super().__init__(dispatcher)
         self.writes = [(f"rows.{c}", f"row_weights.{c}") for c in range(dispatcher.parts)]
 
+    def keep(self, passage: Passage, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
     def _announce(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> tuple[Transit, Tensor, Tensor]:
         [(tokens, weights, experts)] = tensors
         passage["transit"] = self.dispatcher.announce(experts, tokens)
@@ -56,7 +61,7 @@ class Dispatch(_Exchange):
     def start_backward(self, passage: Passage, gradients: Sequence[Sequence[Tensor]]) -> None:
         transit(passage).start_dispatch_backward([rows for rows, _ in gradients], [w for _, w in gradients])
 
-    def finish_backward(self, passage: Passage, group: int, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def finish_backward(self, passage: Passage, group: int, kept: Sequence[Any]) -> Sequence[Tensor | None]:
         return *transit(passage).finish_dispatch_backward(), None
 
     def graph(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
@@ -77,6 +82,9 @@ class Combine(_Exchange):
     def start(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> None:
         transit(passage).start_combine([rows for rows, _ in tensors], [w for _, w in tensors])
 
+    def keep(self, passage: Passage, name: str, tensor: Tensor) -> Tensor | QuantizedTensor:
+        return transit(passage).keep(tensor) if name.startswith("results") else tensor
+
     def finish(self, passage: Passage, group: int) -> Sequence[Tensor]:
         return [transit(passage).finish_combine()]
 
@@ -84,8 +92,8 @@ class Combine(_Exchange):
         [[dmixed]] = gradients
         transit(passage).start_combine_backward(dmixed)
 
-    def finish_backward(self, passage: Passage, group: int, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        rows, weights = tensors
+    def finish_backward(self, passage: Passage, group: int, kept: Sequence[Any]) -> Sequence[Tensor | None]:
+        rows, weights = kept
         return transit(passage).finish_combine_backward(group, rows, weights)
 
     def graph(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:

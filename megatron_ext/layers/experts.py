@@ -100,7 +100,8 @@ class Experts(nn.Module):
         """
         if self.gate_proj is None or self.up_proj is None or self.down_proj is None:
             raise RuntimeError(f"{self.canonical_name} has no parameters yet: call set_expert_parallel after building")
-        shared = fp8.quantize_input(x, self.precision)
-        gate = fp8.grouped_linear(shared, group_sizes, self.gate_proj, precision=self.precision)
-        up = fp8.grouped_linear(shared, group_sizes, self.up_proj, precision=self.precision)
+        if self.precision.fp8:
+            return fp8.swiglu(x, self.gate_proj, self.up_proj, self.down_proj, group_sizes, precision=self.precision)
+        gate = fp8.grouped_linear(x, group_sizes, self.gate_proj, precision=self.precision)
+        up = fp8.grouped_linear(x, group_sizes, self.up_proj, precision=self.precision)
         return fp8.grouped_linear(F.silu(gate) * up, group_sizes, self.down_proj, precision=self.precision)

@@ -15,7 +15,7 @@ Shape letters: [..., K] input, [N, K] weight, [..., N] output, T the product of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -109,12 +109,15 @@ class PrecisionLinear(Linear):
         out_features: N.
         bias: whether there is a bias [N].
         std: standard deviation of the initial weights (`initializer_range`).
+        cache: what the input is kept in for the weight gradient of an FP8 product, see `fp8.linear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, std: float):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, std: float,
+                 cache: Literal["e4m3", "e5m6"] = "e4m3"):
         self.std = std  # before the parent, whose constructor calls reset_parameters
         super().__init__(in_features, out_features, bias)
         self.precision: Precision | None = None
+        self.cache = cache
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
@@ -128,5 +131,5 @@ class PrecisionLinear(Linear):
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         """[..., K] -> [..., N], in the dtype of x; quantised already only where the precision is FP8."""
         if self.precision is not None and self.precision.fp8:
-            return fp8.linear(x, self.weight, self.bias, precision=self.precision)
+            return fp8.linear(x, self.weight, self.bias, precision=self.precision, cache=self.cache)
         return linear(x, self.weight, self.bias)

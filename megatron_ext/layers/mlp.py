@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext import fp8
-from megatron_ext.fp8 import Precision
+from megatron_ext.fp8 import Precision, QuantizedInput
 from megatron_ext.layers.linear import PrecisionLinear
 from megatron_ext.layers.protocol import LayerConfig
 
@@ -34,7 +34,13 @@ class MLP(nn.Module):
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             projection.set_precision(precision)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h], in the dtype of x."""
-        shared = fp8.quantize_input(x, self.gate_proj.precision)
-        return self.down_proj(F.silu(self.gate_proj(shared)) * self.up_proj(shared))
+    @property
+    def precision(self) -> Precision | None:
+        return self.gate_proj.precision
+
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """[..., h] -> [..., h], in the dtype of x; quantised already only where the precision is FP8."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if self.precision is not None and self.precision.fp8:
+            return fp8.swiglu(x, gate.weight, up.weight, down.weight, precision=self.precision)
+        return down(F.silu(gate(x)) * up(x))

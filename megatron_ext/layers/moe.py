@@ -53,7 +53,8 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.set_precision(precision)
         self.dispatcher = replace(self.dispatcher, dispatch_dtype=precision.dispatch_dtype,
-                                  combine_dtype=precision.combine_dtype, backend=precision.backend)
+                                  combine_dtype=precision.combine_dtype, cache_fp8=precision.fp8,
+                                  backend=precision.backend)
 
     def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
         """From "tokens" [T, h], "weights" and "experts" [T, k] (`route`) to "mixed" and, with shared experts, "shared",

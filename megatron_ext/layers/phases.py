@@ -54,7 +54,7 @@ class Exchange(Protocol):
         name: for messages.
         reads: groups of names; backward gives the gradients of a group together.
         writes: groups of names; forward gives the tensors of a group together.
-        keeps: whether backward needs what was read.
+        keeps: whether backward needs what was read, as `keep` leaves it.
         parallel: whether anybody else takes part, so that there is something to wait for.
     """
 
@@ -69,14 +69,17 @@ class Exchange(Protocol):
     def start(self, passage: Passage, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Sends, and returns at once."""
 
+    def keep(self, passage: Passage, name: str, tensor: Tensor) -> Any:
+        """What stays of a tensor that was read until `finish_backward`, which gets it so: itself, or less of it."""
+
     def finish(self, passage: Passage, group: int) -> Sequence[Tensor]:
         """Waits for one group of `writes`; asked for in order."""
 
     def start_backward(self, passage: Passage, gradients: Sequence[Sequence[Tensor]]) -> None:
         """Sends the gradients of all `writes`."""
 
-    def finish_backward(self, passage: Passage, group: int, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Waits for the gradients of one group of `reads`; asked for in order. `tensors`: what was read, if `keeps`."""
+    def finish_backward(self, passage: Passage, group: int, kept: Sequence[Any]) -> Sequence[Tensor | None]:
+        """Waits for the gradients of one group of `reads`; asked for in order. `kept`: of what was read, if `keeps`."""
 
     def advance(self, passage: Passage) -> None:
         """Moves on what is under way, if it takes several steps; waits for the step before."""

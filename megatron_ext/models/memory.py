@@ -1,17 +1,18 @@
 """What a layer of a DeepSeek-V2 or V3 holds: parameters, and the bytes that its forward keeps for the backward.
 
-Activations are counted tensor by tensor as the layers of this package save them (layers/*.py), with attention that
-keeps queries, keys, values, its output and one number per query and head (flash attention), and RMSNorm in torch, which
-keeps its input in FP32. Per token of a block, with s bytes a number and q bytes a number that a matrix product keeps
-(s, or 33/32 in FP8: one byte and an FP32 scale for 128):
+Activations are counted tensor by tensor as the layers of this package save them (layers/*.py, fp8/*.py), with attention
+that keeps queries, keys, values, its output and one number per query and head (flash attention). Per token of a block,
+with s bytes a number, q bytes a number that a matrix product keeps (s, or 33/32 in FP8: one byte and an FP32 scale for
+128), and a bytes for each inner number of a feed-forward network (4 s: gate, silu(gate), up and their product; in FP8
+2 q: gate and up):
 
-    norm          4h + s h + 4                              each; its output is what the products below keep
-    latents       q h + (4 + s + q)(r_q + r_kv)             one copy of h for both; r_q = 0 without a query latent
-    attention     s H (2 D + D_nope + 2 V) + 4 H            queries, keys, the up-projected latent, the output
-    output        q H V                                     a copy, token by token, of what attention keeps by heads
-    dense         q h + (3 s + q) I
-    experts       s h + 4E + k(s + q) h + k(3 s + q) I_m    router, scores, rows going out and coming back
-    shared        (3 s + q) I_s + q h in FP8
+    norm          s h + 4                             each: its input and 1 / rms
+    latents       q h + (s + q)(r_q + r_kv) + 8       one copy of h for both; r_q = 0 without a query latent
+    attention     s H (2 D + D_nope + 2 V) + 4 H      queries, keys, the up-projected latent, the output
+    output        q H V                               a copy of what attention keeps by heads; 49/32 for q in FP8: E5M6
+    dense         q h + a I
+    experts       s h + 4E + 2 k q h + a k I_m        router, scores, rows going out and coming back
+    shared        a I_s + q h in FP8
 
 Letters: B batch, T positions, h hidden, H heads, D dimensions of a query or key, V of a value, r ranks of the latents,
 I inner widths, E experts, k of them for a token.
@@ -65,12 +66,13 @@ def layer_memory(
             raise ConfigError(name, value, "must be at least 1")
     tokens, h, s = micro_batch_size * sequence_length, config.hidden_size, dtype_bytes
     kept = 33 / 32 if fp8 else s
-    norm = 4 * h + s * h + 4
+    norm = s * h + 4
     layers = [LayerMemory(config.vocab_size * h, 0, 8 * tokens)]
     for index in range(config.num_hidden_layers):
         moe = is_moe_layer(config, index)
-        per_token = 2 * norm + _attention(config, s, kept)
-        per_token += _experts(config, s, kept, fp8) if moe else kept * h + (3 * s + kept) * config.intermediate_size
+        per_token = 2 * norm + _attention(config, s, kept, 49 / 32 if fp8 else s)
+        inner = 2 * kept if fp8 else 4 * s
+        per_token += _experts(config, s, kept, inner, fp8) if moe else kept * h + inner * config.intermediate_size
         if config.hidden_dropout:
             per_token += 2 * h  # masks
         routed = 3 * h * config.moe_intermediate_size * config.n_routed_experts if moe else 0
@@ -87,21 +89,21 @@ def layer_memory(
     return layers
 
 
-def _attention(config: DeepSeekV3Config, s: int, kept: float) -> float:
+def _attention(config: DeepSeekV3Config, s: int, kept: float, output: float) -> float:
     heads, value = config.num_attention_heads, config.v_head_dim
     width = config.qk_nope_head_dim + config.qk_rope_head_dim
     latents = config.kv_lora_rank + (config.q_lora_rank or 0)
     norms = 4 * (2 if config.q_lora_rank else 1)
     attention = s * heads * (2 * width + config.qk_nope_head_dim + 2 * value) + 4 * heads
-    return kept * config.hidden_size + (4 + s + kept) * latents + norms + attention + kept * heads * value
+    return kept * config.hidden_size + (s + kept) * latents + norms + attention + output * heads * value
 
 
-def _experts(config: DeepSeekV3Config, s: int, kept: float, fp8: bool) -> float:
+def _experts(config: DeepSeekV3Config, s: int, kept: float, inner: float, fp8: bool) -> float:
     h, k = config.hidden_size, config.num_experts_per_tok
     shared = config.n_shared_experts * config.moe_intermediate_size
     routing = 4 * config.n_routed_experts + 32 * k + 4  # scores; indices, permutations and weights of the chosen
-    rows = k * ((s + kept) * h + (3 * s + kept) * config.moe_intermediate_size)
-    return s * h + routing + rows + (3 * s + kept) * shared + (kept * h if fp8 and shared else 0)
+    rows = k * (2 * kept * h + inner * config.moe_intermediate_size)
+    return s * h + routing + rows + inner * shared + (kept * h if fp8 and shared else 0)
 
 
 def _attention_parameters(config: DeepSeekV3Config) -> int:

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config.errors import ConfigError, UserError
-from megatron_ext.kernels.cpu import adamw as cpu
-from megatron_ext.kernels.cpu import library
-from megatron_ext.kernels.reference import adamw as reference
 from megatron_ext.kernels.reference.adamw import AdamWScalars
+from megatron_ext.kernels.registry import OPERATORS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,7 +31,7 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, or with L2 regularisation (`adam_w_mode=False`).
 
     State of a parameter: "step" (int), "exp_avg" and "exp_avg_sq" (the parameter's shape and device, `moment_dtype`).
-    The arithmetic is FP32 and the same, bit for bit, in C++ and in torch (kernels/reference/adamw.py).
+    The arithmetic is FP32 and the same, bit for bit, in every backend (kernels/reference/adamw.py).
 
     Args:
         params: FP32 or BF16 parameters, or groups of them. BF16 ones (ZeRO-0) round every update to BF16.
@@ -165,20 +163,18 @@ class AdamW(torch.optim.Optimizer):
         return replaced
 
     def _update(self, params: list[Tensor], scalars: AdamWScalars) -> None:
-        compiled: list[tuple[Tensor, ...]] = []
-        eager: list[tuple[Tensor, ...]] = []
+        by_device: dict[torch.device, list[tuple[Tensor, ...]]] = defaultdict(list)
         for p in params:
             grad = p.grad
             assert grad is not None
             if grad.is_sparse:
                 raise UserError("AdamW takes no sparse gradients; build the embedding with sparse=False")
             grad = grad if grad.dtype in _DTYPES.values() else grad.float()
-            chosen = compiled if p.device.type == "cpu" and library.load() is not None else eager
-            chosen.append((p, p.contiguous(), grad.contiguous(), *(self.state[p][key] for key in MOMENTS)))
-        for backend, updates in ((cpu.adamw, compiled), (reference.adamw, eager)):
-            if updates:
-                stored, updated, grads, exp_avgs, exp_avg_sqs = zip(*updates, strict=True)
-                backend(updated, grads, exp_avgs, exp_avg_sqs, scalars)
-                for p, dense in zip(stored, updated, strict=True):
-                    if dense is not p:  # a parameter that is no dense array, a transposed view say
-                        p.copy_(dense)
+            moments = (self.state[p][key] for key in MOMENTS)
+            by_device[p.device].append((p, p.contiguous(), grad.contiguous(), *moments))
+        for updates in by_device.values():
+            stored, *tensors = zip(*updates, strict=True)
+            OPERATORS.select("adamw", *tensors).function(*tensors, scalars)
+            for p, dense in zip(stored, tensors[0], strict=True):
+                if dense is not p:  # a parameter that is no dense array, a transposed view say
+                    p.copy_(dense)

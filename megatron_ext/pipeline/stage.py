@@ -50,10 +50,10 @@ class StageLayer:
     number: int | None = None
 
     @cached_property
-    def kept(self) -> frozenset[str]:
-        """Names of what exchanges need again in backward."""
-        return frozenset(name for phase in self.phases if not isinstance(phase, Phase) and phase.keeps
-                         for group in phase.reads for name in group)
+    def kept(self) -> dict[str, Exchange]:
+        """Names of what exchanges need again in backward, and which."""
+        return {name: phase for phase in self.phases if not isinstance(phase, Phase) and phase.keeps
+                for name in names_of(phase, "reads")}
 
     @cached_property
     def backward_order(self) -> list[int]:
@@ -114,9 +114,13 @@ class _Passed:
     layer: StageLayer
     passage: Passage
     graphs: dict[int, _Graph] = field(default_factory=dict)
-    read: dict[str, Tensor] = field(default_factory=dict)  # by exchanges that keep it
+    read: dict[str, Any] = field(default_factory=dict)  # by exchanges that keep it
     sent: dict[str, _Like] = field(default_factory=dict)  # by exchanges
     coming: dict[str, tuple[Exchange, int]] = field(default_factory=dict)  # what will arrive, with which group
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Holds what an exchange needs of a tensor in backward."""
+        self.read[name] = self.layer.kept[name].keep(self.passage, name, tensor.detach())
 
 
 class StageRun:
@@ -169,7 +173,8 @@ class StageRun:
                 here.coming |= {name: (phase, g) for g, names in enumerate(phase.writes) for name in names}
                 if self.training and phase.keeps:
                     again = {n for p in here.layer.phases if p.name in self.recompute for n in names_of(p, "writes")}
-                    here.read |= {n: faces[n].detach() for n in sorted(names_of(phase, "reads") - again)}
+                    for name in sorted(names_of(phase, "reads") - again):
+                        here.keep(name, faces[name])
             for name in here.layer.spent[index]:
                 faces.pop(name, None)
         return faces["x"]
@@ -248,8 +253,9 @@ class StageRun:
         with torch.enable_grad():
             output = self._call(here, phase, graph.inputs)
         graph.roots = [_edges(value) for value in output]
-        here.read |= {name: value.detach() for name, value in zip(phase.writes, output, strict=True)
-                      if name in here.layer.kept}
+        for name, value in zip(phase.writes, output, strict=True):
+            if name in here.layer.kept:
+                here.keep(name, value)
 
     def _arrive_backward(self, here: _Passed, name: str, found: dict[str, Gradients],
                          fill: Callable[[], None]) -> Generator[None, None, None]:

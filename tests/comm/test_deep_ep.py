@@ -65,13 +65,14 @@ def group(size: int = 2) -> ExpertParallel:
     (group(), 128, torch.float32, CUDA, "it needs a BF16 model .*, not torch.float32 with 128"),
     (group(), 96, torch.bfloat16, CUDA, "it needs a BF16 model .*, not torch.bfloat16 with 96"),
     (group(), 128, torch.bfloat16, CUDA, r"deep_ep cannot be imported \(.*deep_ep.*\)"),
+    (group(4), 128, torch.bfloat16, CUDA, "another rank of the expert group cannot import it"),
     (group(3), 128, torch.bfloat16, CUDA, r"deep_ep refuses 3 ranks \(AssertionError: Unsupported number")])
 def test_one_line_says_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
                                           ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.device,
                                           reason: str):
-    monkeypatch.setitem(sys.modules, "deep_ep", fake_deep_ep if ep.size == 3 else None)
+    monkeypatch.setitem(sys.modules, "deep_ep", fake_deep_ep if ep.size > 2 else None)
     with caplog.at_level(logging.INFO, "megatron_ext"):
-        assert deep_ep.connect(ep, hidden, dtype, device) is None
+        assert deep_ep.connect(ep, hidden, dtype, device, everywhere=lambda ready, ep: ready and ep.size != 4) is None
     [record] = caplog.records
     assert re.fullmatch(
         f"expert dispatch over torch.distributed, not DeepEP: {reason}.*", record.getMessage())

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_ext.comm.dispatch import Dispatcher, Transit, combine, dispatch
-from megatron_ext.comm.wire import decode, encode
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.parallel.expert_parallel import ExpertParallel
+from tests.comm.journeys import rounded
 
 E, K, H = 6, 2, 256
 
@@ -22,10 +22,6 @@ def dispatcher(dispatch: str = "model", combine: str = "model", chunks: int = 1)
 
 def choice(tokens: int) -> torch.Tensor:
     return torch.rand(tokens, E).topk(K).indices
-
-
-def rounded(x: torch.Tensor, wire: str) -> torch.Tensor:
-    return decode(encode(x, wire), wire, x.shape[-1], x.dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_ext.comm.traffic import KINDS, Traffic, copies_sent
-from megatron_ext.comm.wire import row_bytes
+from megatron_ext.comm.traffic import KINDS, Traffic
+from megatron_ext.comm.wire import Row
 from megatron_ext.parallel.layout import NodeLayout
 from tests.comm.journeys import E, Journey, K, choices, travel
 from tests.distributed.pool import WorkerPool
+
+
+def copies_sent(experts: Sequence[Tensor], num_experts: int, layout: NodeLayout, two_hop: bool) -> list[dict[str, int]]:
+    """How many rows each rank sends in one dispatch, counted straight from the routing.
+
+    The way back has as many, from the receiver to the sender; on each link they sum up to the same over all ranks.
+
+    Args:
+        experts: per rank [T, k], T may differ.
+        num_experts: E.
+
+    Returns:
+        Per rank: rows to other ranks of its "node", rows over the "fabric".
+    """
+    ranks, found = len(experts), [dict.fromkeys(("node", "fabric"), 0) for _ in experts]
+    for source, chosen in enumerate(experts):
+        owners = chosen * ranks // num_experts
+        visited = torch.zeros(len(chosen), ranks, dtype=torch.bool).scatter_(1, owners.cpu(), True)
+        for node, there in enumerate(visited.split(layout.ranks_per_node, dim=1)):
+            entry = node * layout.ranks_per_node + layout.local(source) if two_hop else source
+            if entry != source:
+                found[source]["fabric"] += int(there.any(1).sum())
+            for local, rows in enumerate(there.sum(0).tolist()):
+                target = node * layout.ranks_per_node + local
+                if target != entry:
+                    found[entry]["node" if layout.node(entry) == node else "fabric"] += rows
+    return found
 
 
 def test_copies_by_hand():
@@ -33,7 +63,7 @@ def test_bytes_equal_the_closed_form(pool4: WorkerPool, two_hop: bool, chunks: i
                       hidden=200)
     counted = [result["traffic"] for result in pool4.run(travel, journey)]
     copies = copies_sent(journey.experts, E, NodeLayout(2), two_hop)
-    row = lambda wire, **beside: row_bytes(wire, 200, torch.float32, **beside)  # noqa: E731
+    row = lambda wire, **beside: Row(wire, 200, torch.float32, **beside).bytes  # noqa: E731
     sizes = dict(dispatch=row("fp8", weights=K, routed=True), combine=row("bf16"), combine_backward=row("fp8"),
                  dispatch_backward=row("bf16", weights=K))
     assert sizes == dict(dispatch=240, combine=400, combine_backward=208, dispatch_backward=416)

@@ -178,3 +178,11 @@ def test_what_the_engine_cannot_do_is_refused(ds_config, text):
 ])
 def test_what_contradicts_our_optimizer_is_refused(ds_config, text):
     assert refusal(check, {**ds_config, "megatron_ext": {"optimizer": {"moment_dtype": "bf16"}}}).startswith(text)
+
+
+def test_swiglu_is_recomputed_with_fp8_only():
+    check_deepspeed_config({}, parse_section({"megatron_ext": {"recompute": ["rms_norm"]}}))
+    section = {"recompute": ["swiglu"], "fp8": {"enabled": True}}
+    check_deepspeed_config({}, parse_section({"megatron_ext": section}))
+    with pytest.raises(ConfigError, match=r"recompute = \['swiglu'\]: swiglu is recomputed with FP8 only"):
+        check_deepspeed_config({}, parse_section({"megatron_ext": {"recompute": ["swiglu"]}}))

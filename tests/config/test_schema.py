@@ -104,8 +104,9 @@ def test_a_config_is_frozen():
      'megatron_ext.expert_parallel.two_hop = \'aut\': must be true, false or "auto"; did you mean "auto"?'),
     ({"expert_parallel": {"ranks_per_node": 0}}, "megatron_ext.expert_parallel.ranks_per_node = 0: must be an integer"),
     ({"pipeline": {"overlap": 1}}, "megatron_ext.pipeline.overlap = 1: must be true or false"),
-    ({"recompute": "mlp"}, 'megatron_ext.recompute = \'mlp\': must be a list of "attention" and "mlp"'),
+    ({"recompute": "mlp"}, 'megatron_ext.recompute = \'mlp\': must be a list of "attention", "mlp", "rms_norm" and'),
     ({"recompute": ["attention", "mpl"]}, 'megatron_ext.recompute.1 = \'mpl\': must be a list of "attention"'),
+    ({"kernels": {"backend": "tritn"}}, "megatron_ext.kernels.backend = 'tritn': must be \"auto\", \"cuda\", "),
     ({"pipeline": 4}, "megatron_ext.pipeline = 4: must be an object"),
     ({"fp8": True}, "megatron_ext.fp8 = True: must be an object"),
     (None, "megatron_ext = None: must be an object"),
@@ -117,9 +118,8 @@ def test_a_wrong_value_names_its_key_and_what_it_must_be(section, expected):
 
 
 @pytest.mark.parametrize("section, key, value", [
-    ({"kernels": {"backend": "triton"}}, "megatron_ext.kernels.backend", "triton"),
     ({"router": {"sequence_loss": 0.0001}}, "megatron_ext.router.sequence_loss", 0.0001),
-    ({"recompute": ["mlp", "swiglu"]}, "megatron_ext.recompute.1", "swiglu"),
+    ({"recompute": ["mlp", "mla_up_projection"]}, "megatron_ext.recompute.1", "mla_up_projection"),
     ({"ema": {"decay": 0.999}}, "megatron_ext.ema", {"decay": 0.999}),
     ({"load": "x"}, "megatron_ext.load", "x"),
 ])

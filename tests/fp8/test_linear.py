@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_ext import fp8
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.fp8.operators import call
+from megatron_ext.kernels.reference import e5m6 as reference_e5m6
 from megatron_ext.kernels.reference import quantize as reference
 
 SHAPES = [(1, 128, 128), (7, 200, 130), (129, 64, 96), (260, 384, 256)]
@@ -72,6 +73,23 @@ def test_backends_agree() -> None:
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_torch_s_default_dtype_is_of_no_concern(backend: str) -> None:
+    """Scales are FP32 whatever dtype tensors get that are made without one; half the room overwrote the heap."""
+    x, weight, dy = (torch.randn(*shape).bfloat16() for shape in ((260, 384), (256, 384), (260, 256)))
+    precision, found = fp8.Precision(fp8=True, backend=backend), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            y = fp8.linear(*inputs, precision=precision)
+            found.append((y, *torch.autograd.grad(y, inputs, dy)))
+            assert fp8.quantize(weight[None], (128, 128), backend=backend).scale.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_no_tokens() -> None:
     x, weight = torch.zeros(0, 3, 128, requires_grad=True), nn.Parameter(torch.randn(5, 128))
     y = fp8.linear(x, weight)
@@ -117,6 +135,24 @@ def test_the_activation_is_kept_in_fp8_only() -> None:
     assert alive() is None
     y.sum().backward()
     assert x.grad is not None
+
+
+def test_the_input_can_be_kept_in_e5m6() -> None:
+    """12 bits a number and an eighth of the rounding; what is multiplied forward is the same."""
+    x, weight, dy = torch.randn(130, 256), nn.Parameter(torch.randn(32, 256)), torch.randn(130, 32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fp8.linear(x, weight, cache="e5m6")
+    assert torch.equal(y, fp8.linear(x, weight))
+    assert sum(t.nbytes for t in saved if t.shape != weight.shape) == 130 * (256 + 128 + 2 * 4)
+    y.backward(dy)
+    packed = reference_e5m6.unpack_e5m6(*reference_e5m6.pack_e5m6(x))
+    x8, dy8 = reference.quantize_transposed(packed, True), reference.quantize_transposed(dy)
+    expected = reference.dequantize(*dy8).double() @ reference.dequantize(*x8).double().t()
+    assert relative_error(weight.grad, expected) < 1e-6
+    for wrong, given in (("e5m2", x), ("e5m6", fp8.quantize_input(x, fp8.Precision(fp8=True)))):
+        with pytest.raises(ConfigError, match=f"cache = '{wrong}': must be"):
+            fp8.linear(given, weight, cache=wrong)
 
 
 def collect(parameter: Tensor) -> list[Any]:
@@ -179,7 +215,7 @@ def test_weight_is_quantised_once_until_the_cache_is_cleared(quantised_blocks: C
     for _ in range(3):
         y = fp8.linear(x, weight, precision=precision)
         y.sum().backward()
-    assert quantised_blocks[128, 128] == 1 and quantised_blocks[1, 128] == 6
+    assert quantised_blocks[128, 128] == 1 and quantised_blocks[1, 128] == 3
     weight.data.neg_()  # as an optimizer writes through a flat buffer: not noticed
     assert torch.equal(fp8.linear(x, weight, precision=precision), y)
     cache.clear()

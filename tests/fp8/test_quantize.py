@@ -287,7 +287,7 @@ def test_any_magnitudes_below_the_top(magnitudes: list[int], top: float) -> None
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = wide(260, 300), wide(3, 130, 200)
     tiles = cpu.quantize(x, power_of_two=True)
-    monkeypatch.setattr(cpu, "_GRAIN", 1)
+    monkeypatch.setattr(cpu, "GRAIN", 1)
     torch.set_num_threads(3)
     try:
         found = [cpu.quantize(x), cpu.quantize(weight, (128, 128)), cpu.quantize_transposed(x),

@@ -7,6 +7,7 @@ import torch
 
 from megatron_ext import fp8
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.kernels import registry
 from megatron_ext.kernels.registry import OPERATORS, BackendError, Implementation, Registry
 
 X = torch.ones(2, 3)
@@ -54,14 +55,21 @@ def test_unavailable_backend_is_refused_with_the_names() -> None:
 def test_a_backend_that_is_forced_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from megatron_ext.kernels.cpu import library
 
-    with pytest.raises(ConfigError, match=r"kernels\.backend = 'cudnn'.*available here: auto, cpu, reference"):
+    known = "auto, cuda, deep_gemm, torch, triton, cpu, reference"
+    with pytest.raises(ConfigError, match=rf"'cudnn': there is no backend of that name; known: {known}$"):
         fp8.Precision(backend="cudnn")
     for backend in ("auto", "cpu", "reference"):
         fp8.Precision(backend=backend)
         fp8.check_backend(backend, torch.device("cpu"))
     fp8.check_backend("auto", torch.device("meta"))
-    with pytest.raises(ConfigError, match=r"kernels\.backend = 'cpu'.*meta; available here: auto, reference$"):
+    with pytest.raises(ConfigError, match=r"'cpu': it is for cpu devices, not for meta; .* here: auto, reference$"):
         fp8.check_backend("cpu", torch.device("meta"))
+    for backend in ("cuda", "deep_gemm", "torch", "triton"):
+        fp8.Precision(backend=backend)  # there is such a backend, if not here
+        with pytest.raises(ConfigError, match=f"'{backend}': it is for cuda devices, not for cpu; .* here: auto, cpu"):
+            fp8.check_backend(backend, torch.device("cpu"))
+        reason = registry.why_not(backend)
+        assert torch.cuda.is_available() or (reason is not None and "\n" not in reason)
     library.load.cache_clear()
     try:
         monkeypatch.setattr(library, "PATH", tmp_path / "absent.so")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -27,25 +28,31 @@ CONFIG = SimpleNamespace(
 SIZES = [20, 0, 44]
 
 
-def mlp() -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
+Built = tuple[nn.Module, Callable[[Tensor], Tensor], dict[str, int]]
+"""The layer, how it is run, and how often each operator quantises activations in its forward."""
+
+SWIGLU = {"quantize": 3, "swiglu_quantize": 1}  # the input; gate and up, to be kept
+
+
+def mlp() -> Built:
     layer = MLP(CONFIG)
-    return layer, layer, 2
+    return layer, layer, SWIGLU
 
 
-def attention() -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
+def attention() -> Built:
     layer = LatentAttention(CONFIG)
-    return layer, lambda x: layer(x[None])[0], 4
+    return layer, lambda x: layer(x[None])[0], {"quantize": 2, "rms_norm_quantize": 2, "pack_e5m6": 1}
 
 
-def plain_query_attention() -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
+def plain_query_attention() -> Built:
     layer = LatentAttention(SimpleNamespace(**vars(CONFIG) | {"q_lora_rank": None}))
-    return layer, lambda x: layer(x[None])[0], 3
+    return layer, lambda x: layer(x[None])[0], {"quantize": 2, "rms_norm_quantize": 1, "pack_e5m6": 1}
 
 
-def experts() -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
+def experts() -> Built:
     layer = Experts(CONFIG, "experts")
     layer.set_expert_parallel(ExpertParallel.single())
-    return layer, lambda x: layer(x, SIZES), 2
+    return layer, lambda x: layer(x, SIZES), SWIGLU
 
 
 layers = pytest.mark.parametrize("build", [mlp, attention, plain_query_attention, experts])
@@ -78,18 +85,19 @@ def test_one_fp8_copy_is_kept(build: Callable[[], Any]) -> None:
 
 @layers
 def test_every_input_is_quantised_once(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, run, inputs = build()
+    layer, run, expected = build()
     layer.set_precision(QUANTISED)
-    tiles: list[Any] = []
+    found: Counter[str] = Counter()
 
     def spy(operator: str, *args: Any, **kwargs: Any) -> Any:
-        if operator == "quantize" and args[1] == (1, 128):
-            tiles.append(args[0].shape)
+        if not (operator == "quantize" and args[1] == (128, 128)):
+            found[operator] += 1
         return call(operator, *args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["megatron_ext.fp8.linear"], "call", spy)
+    for module in ("linear", "swiglu", "rms_norm"):
+        monkeypatch.setattr(sys.modules[f"megatron_ext.fp8.{module}"], "call", spy)
     run(torch.randn(64, 256))
-    assert len(tiles) == inputs
+    assert {name: n for name, n in found.items() if "quantize" in name or "pack" in name} == expected
 
 
 def results(build: Callable[[], Any]) -> list[Tensor]:
@@ -103,7 +111,7 @@ def results(build: Callable[[], Any]) -> list[Tensor]:
     return [y, x.grad, *(p.grad for p in layer.parameters())]
 
 
-@layers
+@pytest.mark.parametrize("build", [attention, plain_query_attention])
 def test_sharing_changes_no_bit(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shared = results(build)
     monkeypatch.setattr(fp8, "quantize_input", lambda x, precision: x)  # every layer for itself

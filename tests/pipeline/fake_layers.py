@@ -36,6 +36,9 @@ class Fake:
     def __init__(self, log: Log, groups: int):
         self.log, self.groups = log, groups
 
+    def keep(self, passage: Passage, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
     def advance(self, passage: Passage) -> None:
         self.log.note(passage, f"{self.name} advance")
 

@@ -1,0 +1,44 @@
+"""E5M6 on a CPU through kernels/cpu/e5m6.cpp: the reference's operators, bit for bit.
+
+Signatures and shapes are those of kernels/reference/e5m6.py. `portable=True` forces the loops without AVX2.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from megatron_ext.kernels.cpu.library import empty, function, in_chunks
+from megatron_ext.kernels.cpu.quantize import GRAIN, is_bf16, readable
+from megatron_ext.kernels.layout import tile_count
+
+
+def pack_e5m6(x: Tensor, *, portable: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.e5m6.pack_e5m6`."""
+    x, (rows, columns) = readable(x), x.shape
+    high, low = (empty((rows, width), torch.uint8) for width in (columns, (columns + 1) // 2))
+    scale = empty((rows, tile_count(columns)))
+    kernel = function("mext_pack_e5m6", c_void_p, c_int, *[c_void_p] * 3, *[c_int64] * 3, c_int)
+
+    def body(first: int, last: int) -> None:
+        kernel(x.data_ptr(), is_bf16(x), high.data_ptr(), low.data_ptr(), scale.data_ptr(), first, last, columns,
+               portable)  # fmt: skip
+
+    in_chunks(rows, GRAIN // columns, body)
+    return high, low, scale
+
+
+def unpack_e5m6(high: Tensor, low: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
+    """See `reference.e5m6.unpack_e5m6`."""
+    high, low, scale = (t.contiguous() for t in (high, low, scale))
+    rows, columns = high.shape
+    x = empty((rows, columns))
+    kernel = function("mext_unpack_e5m6", *[c_void_p] * 4, *[c_int64] * 3, c_int)
+
+    def body(first: int, last: int) -> None:
+        kernel(*(t.data_ptr() for t in (high, low, scale, x)), first, last, columns, portable)
+
+    in_chunks(rows, GRAIN // columns, body)
+    return x
