@@ -1,7 +1,8 @@
-"""Does FP8 learn what BF16 learns? Three trainings of the main job's model that differ in one thing each.
+"""Does FP8 learn what BF16 learns? Four trainings of the main job's model that differ in one thing each.
 
     bf16        every matrix product in BF16 operands
     fp8         linears and experts in FP8 (forward, both gradients), tokens dispatched in FP8, combined in BF16
+    uncached    the same without the activation cache: activations kept as BF16 keeps them, SwiGLU not recomputed
     perturbed   bf16 again, but each initial weight rounded to the other of its two BF16 neighbours
 
 Model, data, order of samples, optimizer, learning rate, clipping and bias speed are those of
@@ -48,7 +49,7 @@ from megatron_ext.optimizer import AdamW
 from megatron_ext.pipeline.weight_gradients import WeightGradients
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-VARIANTS = ("bf16", "fp8", "perturbed")
+VARIANTS = ("bf16", "fp8", "uncached", "perturbed")
 LENGTH, MICRO_BATCH = 128, 8
 GOAL = 0.0025
 
@@ -71,9 +72,9 @@ def build(variant: str, seed: int, config: dict[str, Any], cache: WeightCache) -
         for p in model.parameters():
             p.data = other_neighbour(p) if variant == "perturbed" else p.bfloat16()
     experts = config["megatron_ext"]["expert_parallel"]
-    model.set_precision(Precision(fp8=True, dispatch_dtype=experts["dispatch_dtype"],
-                                  combine_dtype=experts["combine_dtype"], weights=cache)
-                        if variant == "fp8" else Precision())
+    model.set_precision(Precision(fp8=True, activation_cache=variant == "fp8", weights=cache,
+                                  dispatch_dtype=experts["dispatch_dtype"], combine_dtype=experts["combine_dtype"])
+                        if variant in ("fp8", "uncached") else Precision())
     return model.train()
 
 
@@ -167,6 +168,12 @@ def rows(curves: Curves, seeds: list[int]) -> list[dict[str, Any]]:
                 "peer_value": peer, "ratio": value / peer,
                 "goal": f"within {GOAL:.2%} of 1" if judged else "none: it shows the noise",
                 "holds": abs(value / peer - 1) < GOAL if judged else None})
+        cached, apart = (sum(late(curves[seed, v]) for seed in group) / len(group) for v in ("fp8", "uncached"))
+        found.append({
+            "name": f"fp8, what the activation cache changes: {span}, {where}", "value": cached,
+            "unit": "nats per byte", "peer": "uncached", "peer_value": apart, "ratio": cached / apart,
+            "goal": f"within {GOAL:.2%} of 1" if group is seeds else "none: it shows the noise",
+            "holds": abs(cached / apart - 1) < GOAL if group is seeds else None})
     return found
 
 
@@ -174,7 +181,7 @@ def draw(curves: Curves, seeds: list[int], path: Path) -> None:
     """Losses of the first seed, their distance to bf16, and where each seed ends up."""
     from matplotlib.figure import Figure
 
-    colours = {"bf16": "#222222", "fp8": "#d9682b", "perturbed": "#6fa5dc"}
+    colours = {"bf16": "#222222", "fp8": "#d9682b", "uncached": "#8a5fb0", "perturbed": "#6fa5dc"}
     figure = Figure(figsize=(8.5, 7.5 if len(seeds) > 1 else 6.5), layout="constrained")
     above, below, *ends = figure.subplots(2 + (len(seeds) > 1), 1, height_ratios=(3, 2, 1.6)[:2 + (len(seeds) > 1)])
     base = torch.tensor(curves[seeds[0], "bf16"])

@@ -67,6 +67,7 @@ class ExpertParallelSection(_Section):
 
 class Fp8Section(_Section):
     enabled: bool = Field(default=False, description="true or false")
+    activation_cache: bool = Field(default=True, description="true or false")
 
 
 class KernelsSection(_Section):

@@ -92,7 +92,8 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         self.routers: dict[str, Router] = {n: m for n, m in model.named_modules() if isinstance(m, Router)}
         check_backend(section.kernels.backend, self.device)
         self.weight_cache = WeightCache()
-        precision = Precision(fp8=section.fp8.enabled, dispatch_dtype=section.expert_parallel.dispatch_dtype or "model",
+        precision = Precision(fp8=section.fp8.enabled, activation_cache=section.fp8.activation_cache,
+                              dispatch_dtype=section.expert_parallel.dispatch_dtype or "model",
                               combine_dtype=section.expert_parallel.combine_dtype, backend=section.kernels.backend,
                               weights=self.weight_cache)
         for layer in model.children_with("set_precision"):

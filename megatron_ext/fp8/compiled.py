@@ -4,7 +4,7 @@
 `fp8.grouped_linear` and `fp8.swiglu` compute, to the bit; those call them while they are traced. What is kept for
 backward comes out as results of its own, FP8 numbers as uint8, which nobody differentiates. Weights are quantised at
 each call, for a cache is state that a graph cannot hold, and their gradients come through autograd: a sink is of the
-pipeline, which does not trace.
+pipeline, which does not trace. Activations are always cached in FP8 here: a result must not be an argument.
 
 Shape letters: T rows, K and N columns, E experts; for swiglu h and I as in swiglu.py.
 """
@@ -115,8 +115,8 @@ def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, group_sizes: Tens
             backend: str) -> tuple[Tensor, list[Tensor]]:
     precision = Precision(fp8=True, backend=backend)
     x8 = call("quantize", x, TILE, True, backend=backend)
-    y, kept = swiglu_forward((gate, up, down), x8, _on_host_of_cpu(group_sizes), x.dtype, precision)
-    return y, _as_bytes((*x8, *kept))
+    y, kept = swiglu_forward(x, (gate, up, down), x8, _on_host_of_cpu(group_sizes), precision)
+    return y, _as_bytes(kept)
 
 
 def _swiglu_fake(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, group_sizes: Tensor | None,

@@ -6,8 +6,9 @@
 
 The one copy of x kept for backward is in FP8 with power-of-two scales, so that turning its tiles towards the tokens for
 wgrad shifts exponents and (but for numbers that fall below the normal range) rounds nothing a second time. The input of
-the projection after attention is kept in E5M6 instead (`cache="e5m6"`), for its gradient feels the rounding most. dy is
-at hand in the model's dtype in backward and is quantised from it in both directions at once, with FP32 scales.
+the projection after attention is kept in E5M6 instead (`cache="e5m6"`), for its gradient feels the rounding most;
+without `precision.activation_cache` x is kept as it is and quantised from that in the other direction. dy is at hand in
+the model's dtype in backward and is quantised from it in both directions at once, with FP32 scales.
 
 Shape letters: [..., K] input, [N, K] weight, [..., N] output, T the product of the leading dimensions; in the grouped
 form [T, K], [E, N, K], [T, N].
@@ -36,6 +37,7 @@ Groups = list[int] | Tensor | None
 """Rows of each expert: on the host for a CPU, on the device for a GPU, whose kernels read them there; None is dense."""
 
 Cache = Literal["e4m3", "e5m6"]
+"""What the input of a layer is kept in."""
 
 
 def _weight_operands(weight: Tensor, precision: Precision) -> Any:
@@ -105,7 +107,10 @@ def linear_forward(x_TK: Tensor, weight: Tensor, bias: Tensor | None, x8: Pair, 
     """y [T, N] in the dtype of x, and what the weight gradient needs of x."""
     dtype = x_TK.dtype
     y = forward_product(x8, weight, groups, dtype if bias is None else torch.float32, precision)
-    kept = call("pack_e5m6", x_TK, backend=precision.backend) if cache == "e5m6" else x8
+    if not precision.activation_cache:
+        kept: tuple[Tensor, ...] = (x_TK,)
+    else:
+        kept = call("pack_e5m6", x_TK, backend=precision.backend) if cache == "e5m6" else x8
     return (y if bias is None else (y + bias).to(dtype)), kept
 
 
@@ -120,12 +125,7 @@ def linear_backward(dy_TN: Tensor, weight: Tensor, bias: Tensor | None, kept: Se
     if needs[1]:
 
         def accumulate(main_grad: Tensor) -> None:
-            if len(kept) == 3:
-                x_TK = call("unpack_e5m6", *kept, backend=backend)
-                x8_KT = call("quantize_transposed", x_TK, True, "e4m3", groups, backend=backend)
-            else:
-                x8_KT = call("requantize_transposed", *kept, groups, backend=backend)
-            accumulate_weight_gradient(main_grad, dy8_NT, x8_KT, groups, backend)
+            accumulate_weight_gradient(main_grad, dy8_NT, turned(kept, groups, backend), groups, backend)
 
         dweight = deliver(weight, accumulate)
     if needs[2]:
@@ -133,6 +133,15 @@ def linear_backward(dy_TN: Tensor, weight: Tensor, bias: Tensor | None, kept: Se
         total = dy_TN.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
         dbias = deliver(bias, lambda main_grad: main_grad.add_(total))
     return [dx, dweight, dbias]
+
+
+def turned(kept: Sequence[Tensor], groups: Groups, backend: str) -> Pair:
+    """The operand of the weight gradient, tiles along the tokens, from x as it was kept: [T, K] in the model's dtype,
+    in FP8 with its scales, or packed in E5M6 (one, two or three tensors)."""
+    if len(kept) == 2:
+        return call("requantize_transposed", *kept, groups, backend=backend)
+    x_TK = call("unpack_e5m6", *kept, backend=backend) if len(kept) == 3 else kept[0]
+    return call("quantize_transposed", x_TK, True, "e4m3", groups, backend=backend)
 
 
 class QuantizedLinear(torch.autograd.Function):

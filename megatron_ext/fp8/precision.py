@@ -57,6 +57,8 @@ class Precision:
 
     Attributes:
         fp8: quantise the operands of matrix products with weights.
+        activation_cache: with `fp8`, keep for backward what is multiplied, in FP8, and make the rest again; else keep
+            activations as an unquantised model would, and quantise them once more for the weight gradients.
         dispatch_dtype: what tokens are sent to experts in; "model" is the dtype they have.
         combine_dtype: what experts' outputs come back in.
         backend: backend of the operators, or "auto" (by device and shape).
@@ -68,6 +70,7 @@ class Precision:
     """
 
     fp8: bool = False
+    activation_cache: bool = True
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: CombineDtype = "model"
     backend: str = AUTO

@@ -64,7 +64,7 @@ def rms_norm_input(x: Tensor, weight: Tensor, eps: float, precision: Precision) 
         x: [..., h], FP32, BF16 or FP16.
         weight: [h].
         eps: added to the mean square.
-        precision: `fp8` is on; backend.
+        precision: `fp8` and `activation_cache` are on; backend.
 
     Returns:
         What `quantize_input` of the normalised x is, bit for bit, without its numbers in the model's dtype.

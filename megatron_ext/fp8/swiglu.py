@@ -31,6 +31,7 @@ from megatron_ext.fp8.linear import (
     input_gradient,
     quantize_gradient,
     quantize_input,
+    turned,
 )
 from megatron_ext.fp8.operators import call
 from megatron_ext.fp8.precision import Precision
@@ -38,14 +39,19 @@ from megatron_ext.fp8.tensor import TILE
 from megatron_ext.fp8.weight_grad import deliver
 
 
-def swiglu_forward(weights: Sequence[Tensor], x8: Pair, groups: Groups, dtype: torch.dtype,
+def swiglu_forward(x_Th: Tensor, weights: Sequence[Tensor], x8: Pair, groups: Groups,
                    precision: Precision) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """y [T, h] in `dtype`, and what backward needs of gate and up: data and scale of each."""
+    """y [T, h] in the dtype of x, and what backward needs: x, gate and up, data and scale of each; without
+    `precision.activation_cache` themselves."""
+    dtype = x_Th.dtype
     gate_weight, up_weight, down_weight = weights
     gate, up = (forward_product(x8, weight, groups, dtype, precision) for weight in (gate_weight, up_weight))
     h8 = call("swiglu_quantize", gate, up, True, backend=precision.backend)
-    kept = [call("quantize", t, TILE, True, backend=precision.backend) for t in (gate, up)]
-    return forward_product(h8, down_weight, groups, dtype, precision), (*kept[0], *kept[1])
+    if precision.activation_cache:
+        kept = [x8, *(call("quantize", t, TILE, True, backend=precision.backend) for t in (gate, up))]
+    else:
+        kept = [(x_Th,), (gate,), (up,)]
+    return forward_product(h8, down_weight, groups, dtype, precision), tuple(t for pair in kept for t in pair)
 
 
 def swiglu_backward(dy_Th: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], needs: Sequence[bool],
@@ -53,14 +59,16 @@ def swiglu_backward(dy_Th: Tensor, weights: Sequence[Tensor], kept: Sequence[Ten
     """Gradients of x and of the three weights where they are needed; None where a sink takes them.
 
     Args:
-        kept: data and scale of x, gate and up.
+        kept: what `swiglu_forward` gave.
     """
     gate_weight, up_weight, down_weight = weights
-    data, scale, gate8, gate_scale, up8, up_scale = kept
     backend, dtype = precision.backend, dy_Th.dtype
-    # Exact in BF16 as in FP32: four significant bits times a power of two.
-    gate = call("dequantize", gate8, gate_scale, backend=backend).to(dtype)
-    up = call("dequantize", up8, up_scale, backend=backend).to(dtype)
+    if len(kept) == 6:
+        x, gate8, up8 = kept[:2], kept[2:4], kept[4:]
+        # Exact in BF16 as in FP32: four significant bits times a power of two.
+        gate, up = (call("dequantize", *pair, backend=backend).to(dtype) for pair in (gate8, up8))
+    else:
+        x, gate, up = kept[:1], kept[1], kept[2]
     dy8, dy8_hT = quantize_gradient(dy_Th, groups, True, needs[3], backend)
     dh = input_gradient(dy8, down_weight, groups, dtype, precision)
     dgate8, dgate_scale, dgate8_t, dgate_scale_t, dup8, dup_scale, dup8_t, dup_scale_t = call(
@@ -74,7 +82,7 @@ def swiglu_backward(dy_Th: Tensor, weights: Sequence[Tensor], kept: Sequence[Ten
     @cache
     def x8_hT() -> Pair:
         """For both weights, whose gradients may be taken later."""
-        return call("requantize_transposed", data, scale, groups, backend=backend)
+        return turned(x, groups, backend)
 
     if needs[1]:
         gradients[1] = deliver(gate_weight, lambda main_grad: accumulate_weight_gradient(
@@ -102,9 +110,9 @@ class _SwiGLU(torch.autograd.Function):
                 scale: Tensor, groups: Groups, precision: Precision) -> Tensor:
         ctx.weights = gate_weight, up_weight, down_weight  # the objects that carry the sinks
         ctx.groups, ctx.precision = groups, precision
-        y, kept = swiglu_forward(ctx.weights, (data, scale), groups, x_Th.dtype, precision)
+        y, kept = swiglu_forward(x_Th, ctx.weights, (data, scale), groups, precision)
         if any(ctx.needs_input_grad[:4]):
-            ctx.save_for_backward(*ctx.weights, data, scale, *kept)
+            ctx.save_for_backward(*ctx.weights, *kept)
         return y
 
     @staticmethod

@@ -52,9 +52,9 @@ class MoE(nn.Module):
         self.experts.set_precision(precision)
         if self.shared_experts is not None:
             self.shared_experts.set_precision(precision)
-        self.dispatcher = replace(self.dispatcher, dispatch_dtype=precision.dispatch_dtype,
-                                  combine_dtype=precision.combine_dtype, cache_fp8=precision.fp8,
-                                  backend=precision.backend)
+        self.dispatcher = replace(
+            self.dispatcher, dispatch_dtype=precision.dispatch_dtype, combine_dtype=precision.combine_dtype,
+            cache_fp8=precision.fp8 and precision.activation_cache, backend=precision.backend)
 
     def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
         """From "tokens" [T, h], "weights" and "experts" [T, k] (`route`) to "mixed" and, with shared experts, "shared",

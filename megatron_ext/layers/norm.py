@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def quantized(self, x: Tensor, precision: Precision | None) -> Tensor | QuantizedInput:
         """What `forward` gives, for layers that multiply in `precision`: in FP8 quantised in the same pass."""
-        if precision is None or not precision.fp8 or torch.compiler.is_compiling():
+        if precision is None or not precision.fp8 or torch.compiler.is_compiling() or not precision.activation_cache:
             return self(x)
         return fp8.rms_norm_input(x, self.weight, self.eps, precision)
 

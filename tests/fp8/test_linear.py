@@ -284,3 +284,12 @@ def test_reference_on_a_gpu_writes_the_same_bytes() -> None:
             expected = reference.quantize(x, block, power_of_two)
             assert torch.equal(found[0].view(torch.uint8).cpu(), expected[0].view(torch.uint8))
             assert torch.equal(found[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "e5m6"])
+def test_without_the_activation_cache_the_input_stays_as_it_is(cache: str) -> None:
+    x, weight, dy = torch.randn(130, 256), nn.Parameter(torch.randn(32, 256)), torch.randn(130, 32)
+    fp8.linear(x, weight, precision=fp8.Precision(fp8=True, activation_cache=False), cache=cache).backward(dy)
+    x8, dy8 = reference.quantize_transposed(x, True), reference.quantize_transposed(dy)
+    dy_NT, x_KT = (reference.dequantize(*pair).double() for pair in (dy8, x8))
+    assert relative_error(weight.grad, dy_NT @ x_KT.t()) < 1e-6

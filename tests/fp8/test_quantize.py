@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,21 +16,17 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.kernels.cpu import library
 from megatron_ext.kernels.cpu import quantize as cpu
 from megatron_ext.kernels.layout import FORMATS, scale_columns, token_spans
-from tests.fp8.backends import BACKENDS, assert_same_bytes, reference
+from megatron_ext.kernels.reference import quantize as reference
+from tests.fp8.backends import BACKENDS, Backend, assert_same_bytes, backends, wide
 
 BLOCKS = [(1, 128), (128, 128)]
 ROWS, COLUMNS = [0, 1, 7, 129], [1, 64, 128, 200, 384]
+V3 = [(1, 2112), (7, 7168), (129, 640), (129, 768), (7, 576)]
+"""Shapes of DeepSeek-V3's layers; K = 2112 and 576 end in half a tile."""
 
-backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 blocks = pytest.mark.parametrize("block", BLOCKS, ids=["tile", "block"])
 formats = pytest.mark.parametrize("format", FORMATS)
 powers = pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "pow2"])
-
-
-def wide(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers whose rows spread over 20 orders of magnitude, with exact zeros among them."""
-    x = torch.randn(*shape) * torch.exp(8 * torch.randn(*shape[:-1], 1))
-    return x.where(torch.rand(*shape) > 0.05, torch.tensor(0.0)).to(dtype)
 
 
 def fp8_numbers(format: str) -> Tensor:
@@ -151,11 +148,11 @@ def test_transposing_a_power_of_two_copy_loses_nothing_above_the_subnormals() ->
 # ---- blocks that are not ordinary ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", [reference, *BACKENDS.values()], ids=["reference", *BACKENDS])
+@backends("quantize", "dequantize", reference=True)
 @blocks
 @formats
 @powers
-def test_special_blocks(operator, block: tuple[int, int], format: str, power_of_two: bool) -> None:
+def test_special_blocks(backend: Backend, block: tuple[int, int], format: str, power_of_two: bool) -> None:
     rows = block[0]
     x = torch.randn(5 * rows, 300)
     cases = x.view(5, rows, 300)
@@ -164,9 +161,9 @@ def test_special_blocks(operator, block: tuple[int, int], format: str, power_of_
     cases[1] *= 1e-30 / cases[1].abs().max()
     cases[2, 0, 3], cases[3, 0, 200] = math.nan, -math.inf
     cases[4] = 1e-42  # denormal
-    data, scale = operator.quantize(x, block, power_of_two, format)
+    data, scale = backend.quantize(x, block, power_of_two, format)
     assert_same_bytes((data, scale), reference.quantize(x, block, power_of_two, format))
-    y = operator.dequantize(data, scale)
+    y = backend.dequantize(data, scale)
     assert torch.equal(torch.nan_to_num(y, nan=7.0), torch.nan_to_num(reference.dequantize(data, scale), nan=7.0))
     y = y.view(5, rows, 300)
     assert (y[0] == 0).all() and (scale > 0).logical_or(scale.isnan()).all()
@@ -177,9 +174,9 @@ def test_special_blocks(operator, block: tuple[int, int], format: str, power_of_
     assert (y[4] == 0).all()
 
 
-@backends
+@backends("dequantize")
 @formats
-def test_every_byte_decodes_as_in_torch(backend, format: str) -> None:
+def test_every_byte_decodes_as_in_torch(backend: Backend, format: str) -> None:
     data = torch.arange(256, dtype=torch.uint8).view(2, 128).view(FORMATS[format].dtype)
     for scale in (2.0**-116, 0.37, 2.0**119):
         scales = torch.full((2, 1), scale)
@@ -189,16 +186,16 @@ def test_every_byte_decodes_as_in_torch(backend, format: str) -> None:
         assert torch.equal(torch.signbit(found[found == 0]), torch.signbit(expected[expected == 0]))
 
 
-def test_huge_numbers_do_not_overflow() -> None:
+@backends("quantize", "dequantize", reference=True)
+def test_huge_numbers_do_not_overflow(backend: Backend) -> None:
     x = torch.full((1, 128), 3e38)
-    for operator in (reference, *BACKENDS.values()):
-        for power_of_two in (False, True):
-            y = operator.dequantize(*operator.quantize(x, power_of_two=power_of_two))
-            assert torch.allclose(y, x, rtol=0.07, atol=0)
+    for power_of_two in (False, True):
+        y = backend.dequantize(*backend.quantize(x, (1, 128), power_of_two))
+        assert torch.allclose(y, x, rtol=0.07, atol=0)
 
 
-@backends
-def test_flushing_denormals_changes_no_byte(backend) -> None:
+@backends("quantize", "dequantize")
+def test_flushing_denormals_changes_no_byte(backend: Backend) -> None:
     x = wide(64, 128) * 1e-32
     x[:8] *= 1e-6
     expected = reference.quantize(x)
@@ -216,43 +213,105 @@ def test_flushing_denormals_changes_no_byte(backend) -> None:
 # ---- bytes equal the reference's -----------------------------------------------------------------
 
 
-@backends
+@backends("quantize", "dequantize")
 @blocks
 @formats
 @powers
-def test_quantize_writes_the_bytes_of_the_reference(backend, block, format: str, power_of_two: bool) -> None:
-    for rows in ROWS:
-        for columns in COLUMNS:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                x = wide(rows, columns).clamp(-6e4, 6e4).to(dtype)
-                expected = reference.quantize(x, block, power_of_two, format)
-                assert_same_bytes(backend.quantize(x, block, power_of_two, format), expected)
-                assert torch.equal(backend.dequantize(*expected), reference.dequantize(*expected))
+def test_quantize_writes_the_bytes_of_the_reference(
+    backend: Backend, block: tuple[int, int], format: str, power_of_two: bool
+) -> None:
+    for rows, columns in [*itertools.product(ROWS, COLUMNS), *V3]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = wide(rows, columns).clamp(-6e4, 6e4).to(dtype)
+            expected = reference.quantize(x, block, power_of_two, format)
+            assert_same_bytes(backend.quantize(x, block, power_of_two, format), expected)
+            assert torch.equal(backend.dequantize(*expected), reference.dequantize(*expected))
 
 
-@backends
+def neighbours(amax: Tensor) -> Tensor:
+    """[R] largest magnitudes -> tiles [R, 128] of those and of numbers whose quotient by the scale of their tile is next to
+    a boundary between two FP8 numbers, or on it: where a division is off by a bit, these tell."""
+    scale = amax / torch.tensor(448.0)
+    boundaries = torch.arange(16, 32) / 16 * torch.exp2(torch.randint(-9, 8, (len(amax), 16)))
+    near = (boundaries * scale[:, None]).view(torch.int32)
+    x = torch.stack([near + step for step in (-3, -2, -1, 0, 1, 2, 3)], -1).flatten(1).view(torch.float32)
+    return torch.cat([x.minimum(amax[:, None]), amax[:, None].expand(-1, 16)], 1)
+
+
+@backends("quantize", "quantize_transposed")
+def test_quotients_are_those_of_a_division(backend: Backend) -> None:
+    amax = 448 * torch.exp2(torch.randint(-60, 110, (4096,)) + torch.rand(4096))
+    special = 448 * torch.tensor([2 - 2.0**-23, 2**101 - 2.0**77, 2.0**100, 1.0])  # mantissas of ones, and huge scales
+    x = neighbours(torch.cat([amax, special]))
+    for format in FORMATS:
+        assert_same_bytes(backend.quantize(x, (1, 128), False, format), reference.quantize(x, (1, 128), False, format))
+        found = backend.quantize_transposed(x.t().contiguous(), False, format)
+        assert_same_bytes(found, reference.quantize(x, (1, 128), False, format))
+
+
+@backends("quantize_transposed", "requantize_transposed", "quantize_both")
 @powers
 @pytest.mark.parametrize("groups", [None, "one", "some"])
-def test_transposes_write_the_bytes_of_the_reference(backend, power_of_two: bool, groups: str | None) -> None:
-    for rows in [*ROWS, 300]:
+def test_transposes_write_the_bytes_of_the_reference(backend: Backend, power_of_two: bool, groups: str | None) -> None:
+    for rows, columns in [*itertools.product([*ROWS, 300], COLUMNS), (129, 2112)]:
         sizes = {None: None, "one": [rows], "some": [rows // 3, 0, rows - rows // 3, 0]}[groups]
-        for columns in COLUMNS:
-            for dtype, format in ((torch.float32, "e4m3"), (torch.bfloat16, "e4m3"), (torch.float32, "e5m2")):
-                x = wide(rows, columns, dtype=dtype)
-                expected = reference.quantize_transposed(x, power_of_two, format, sizes)
-                assert_same_bytes(backend.quantize_transposed(x, power_of_two, format, sizes), expected)
-                tiles = reference.quantize(x, (1, 128), power_of_two, format)
-                expected = reference.requantize_transposed(*tiles, sizes)
-                assert_same_bytes(backend.requantize_transposed(*tiles, sizes), expected)
+        tensor = None if sizes is None else torch.tensor(sizes)
+        for dtype, format in ((torch.float32, "e4m3"), (torch.bfloat16, "e4m3"), (torch.float32, "e5m2")):
+            x = wide(rows, columns, dtype=dtype)
+            tiles = reference.quantize(x, (1, 128), power_of_two, format)
+            expected = reference.quantize_transposed(x, power_of_two, format, sizes)
+            assert_same_bytes(backend.quantize_transposed(x, power_of_two, format, tensor), expected)
+            assert_same_bytes(backend.quantize_both(x, power_of_two, format, tensor), (*tiles, *expected))
+            expected = reference.requantize_transposed(*tiles, sizes)
+            assert_same_bytes(backend.requantize_transposed(*tiles, tensor), expected)
 
 
-@backends
-def test_special_numbers_in_transposes(backend) -> None:
+@backends("quantize_weight", reference=True)
+@pytest.mark.parametrize("shape", [(1, 1), (130, 200), (3, 128, 64), (2, 300, 129), (0, 5), (576, 384)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_both_orientations(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = wide(*shape, dtype=dtype)
+    data, scale, data_t, scale_t = backend.quantize_weight(weight)
+    expected = reference.quantize(weight, (128, 128))
+    assert_same_bytes((data, scale), expected)
+    assert_same_bytes((data_t, scale_t), tuple(t.mT.contiguous() for t in expected))
+    assert data_t.is_contiguous() and scale_t.is_contiguous()
+    assert not data.numel() or data.data_ptr() != data_t.data_ptr()
+
+
+@backends("quantize_transposed", "quantize_both", "requantize_transposed", "quantize_weight")
+def test_special_numbers_in_transposes(backend: Backend) -> None:
     x = torch.randn(140, 130)
-    x[3, 5], x[130, 129], x[:128, 7] = math.nan, math.inf, 0.0
-    assert_same_bytes(backend.quantize_transposed(x), reference.quantize_transposed(x))
-    tiles = reference.quantize(x, power_of_two=True)
-    assert_same_bytes(backend.requantize_transposed(*tiles), reference.requantize_transposed(*tiles))
+    x[3, 5], x[130, 129], x[:128, 7], x[9, 8], x[:, 9] = math.nan, math.inf, 0.0, 3e38, 1e-30
+    for sizes in (None, torch.tensor([3, 1, 136])):
+        found = backend.quantize_both(x, False, "e4m3", sizes)
+        assert_same_bytes(found, reference.quantize_both(x, False, "e4m3", sizes))
+        assert found[3][5].isnan().any() and not found[3][6].isnan().any()
+        tiles = reference.quantize(x, power_of_two=True)
+        expected = reference.requantize_transposed(*tiles, sizes)
+        assert_same_bytes(backend.requantize_transposed(*tiles, sizes), expected)
+    assert_same_bytes(backend.quantize_weight(x), reference.quantize_weight(x))
+
+
+@backends("quantize_transposed", "requantize_transposed", reference=True)
+@settings(max_examples=25)
+@given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=5), columns=st.sampled_from([1, 128, 140]))
+def test_groups_are_quantised_as_if_each_were_alone(backend: Backend, sizes: list[int], columns: int) -> None:
+    tiles = reference.quantize(torch.randn(sum(sizes), columns), power_of_two=True)
+    x = reference.dequantize(*tiles)
+    width = sum(sizes) // 128 + len(sizes)
+    data, scale = torch.zeros(columns, 128 * width, dtype=torch.uint8), torch.zeros(columns, width)
+    first = 0
+    for e, size in enumerate(sizes):
+        if size:
+            alone, alone_scale = reference.quantize(x[first : first + size].t(), power_of_two=True)
+            tile = first // 128 + e
+            data[:, 128 * tile : 128 * tile + size] = alone.view(torch.uint8)
+            scale[:, tile : tile + alone_scale.shape[1]] = alone_scale
+        first += size
+    expected = data.view(torch.float8_e4m3fn), scale
+    assert_same_bytes(backend.quantize_transposed(x, True, "e4m3", torch.tensor(sizes)), expected)
+    assert_same_bytes(backend.requantize_transposed(*tiles, torch.tensor(sizes)), expected)
 
 
 @settings(max_examples=60)
@@ -267,6 +326,9 @@ def test_any_bits_at_all(bits: list[int], power_of_two: bool, format: str, block
     expected = reference.quantize(x, block, power_of_two, format)
     for backend in BACKENDS.values():
         assert_same_bytes(backend.quantize(x, block, power_of_two, format), expected)
+        if block[0] == 1:
+            found = backend.quantize_transposed(x.t().contiguous(), power_of_two, format)
+            assert_same_bytes(found, expected)
 
 
 @settings(max_examples=40)
@@ -290,26 +352,28 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GRAIN", 1)
     torch.set_num_threads(3)
     try:
-        found = [cpu.quantize(x), cpu.quantize(weight, (128, 128)), cpu.quantize_transposed(x),
+        found = [cpu.quantize(x), cpu.quantize_weight(weight), cpu.quantize_both(x, group_sizes=[100, 160]),
                  cpu.requantize_transposed(*tiles, [100, 160])]  # fmt: skip
         dequantized = cpu.dequantize(*tiles)
     finally:
         torch.set_num_threads(1)
-    expected = [reference.quantize(x), reference.quantize(weight, (128, 128)), reference.quantize_transposed(x),
+    expected = [reference.quantize(x), reference.quantize_weight(weight),
+                reference.quantize_both(x, group_sizes=[100, 160]),
                 reference.requantize_transposed(*tiles, [100, 160])]  # fmt: skip
     for a, b in zip(found, expected, strict=True):
         assert_same_bytes(a, b)
     assert torch.equal(dequantized, reference.dequantize(*tiles))
 
 
-@backends
-def test_strided_inputs(backend) -> None:
+@backends("quantize", "quantize_transposed", "dequantize")
+def test_strided_inputs(backend: Backend) -> None:
     x = wide(200, 130)
     assert_same_bytes(backend.quantize(x.t()), reference.quantize(x.t()))
     assert_same_bytes(backend.quantize_transposed(x.t()), reference.quantize_transposed(x.t()))
     data, scale = reference.quantize_transposed(x, group_sizes=[70, 130])
     for span in token_spans([70, 130]):
-        part = data[:, span.first : span.last], scale[:, span.first_tile : span.last_tile]
+        columns = slice(128 * span.first_tile, 128 * span.first_tile + span.last - span.first)
+        part = data[:, columns], scale[:, span.first_tile : span.last_tile]
         assert torch.equal(backend.dequantize(*part), reference.dequantize(*part))
     stack = reference.quantize(wide(2, 130, 200), (128, 128))
     assert torch.equal(backend.dequantize(*(t.mT for t in stack)), reference.dequantize(*(t.mT for t in stack)))
