@@ -66,8 +66,8 @@ bench: kernels
 
 kernels: $(LIBRARY)
 
-$(LIBRARY): $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) setup.py | $(ENVIRONMENT)
-	@echo "compiling the CPU kernels"
+$(LIBRARY): $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cuda/*.cu kernels/cuda/*.cuh kernels/cuda/*.h) setup.py | $(ENVIRONMENT)
+	@echo "compiling the kernels"
 	@"$(PY)" setup.py --quiet build_ext --inplace
 
 # Each step leaves a mark, so an interrupted set-up goes on where it stopped and a finished one costs nothing.
@@ -97,7 +97,7 @@ $(VENV)/.created:
 
 clean:
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f kernels/cpu/*.so kernels/cpu/*.unfinished
+	rm -f kernels/cpu/*.so kernels/cuda/*.cubin kernels/*/*.unfinished
 	find kernels megatron_ext tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -9,8 +9,8 @@ the reference backend (torch) does the same arithmetic bit for bit.
 CXX names the compiler and CXXFLAGS adds flags. Contraction of a*b+c into one rounding stays off whatever they say,
 for the kernels are bit-exact with the reference.
 
-Cubins need nvcc (kernels/cuda/cubins.py finds it, or takes what NVCC names) and neither torch nor a GPU. Without
-it the package installs as well, and compiles them on first use where that is possible.
+Cubins need nvcc (kernels/cuda/cubins.py finds it, or takes what NVCC names, none if that is empty) and neither torch
+nor a GPU. Without it the package installs as well, and compiles them on first use where that is possible.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class BuildKernels(build_ext):
             old.unlink()  # of an earlier build, maybe of other sources
         nvcc = cubins.compiler()
         if nvcc is None:
-            print("megatron_ext: no nvcc, CUDA kernels not built; they are compiled on first use where nvcc is found")
+            if os.environ.get("NVCC") != "":  # said unless it is what was asked for
+                print("megatron_ext: no nvcc, CUDA kernels not built; compiled on first use where nvcc is found")
             return
         try:
             cubins.build(nvcc, folder)

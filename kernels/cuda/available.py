@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ext.kernels.cuda import driver
 from megatron_ext.kernels.cuda.cubins import MODULES, CubinError
-from megatron_ext.kernels.cuda.gemm import MODULE_OF, misfit
+from megatron_ext.kernels.cuda.operands import MODULE_OF, misfit
 
 
 @functools.cache
@@ -37,8 +37,10 @@ def why_not(device: int = 0, modules: Sequence[str] = MODULES) -> str | None:
 def usable(operator: str, *args: Any) -> bool:
     """Whether `operator` can run on these positional arguments."""
     first = args[0]
-    if operator not in MODULE_OF or not isinstance(first, Tensor) or first.device.type != "cuda":
+    if not isinstance(first, Tensor) or first.device.type != "cuda" or torch.version.hip is not None:
         return False
-    if torch.version.hip is not None or misfit(operator, *args) is not None:
-        return False
-    return why_not(driver.ordinal(first.device), (MODULE_OF[operator],)) is None
+    if operator == "weight_operands":
+        fits = first.dtype == torch.float8_e4m3fn  # what it returns then suits the products of weights
+    else:
+        fits = operator in MODULE_OF and misfit(operator, *args) is None
+    return fits and why_not(driver.ordinal(first.device), (MODULE_OF.get(operator, "dense"),)) is None

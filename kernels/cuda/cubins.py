@@ -1,8 +1,8 @@
 """Machine code of the kernels: put into the wheel when it is built, else compiled on first use into the user's cache.
 
 A cubin's name holds a digest of sources and flags, so one that does not belong to these sources is never found, and the
-version of the CUDA toolkit that made it, for a driver older than the toolkit's major version cannot load it. A compiler
-is `$NVCC`, or nvcc of `$CUDA_HOME`, of PATH or of /usr/local/cuda.
+version of the CUDA toolkit that made it, for a driver older than the toolkit's major version cannot load it. The
+compiler is `$NVCC` (if it is set and empty, none), or nvcc of `$CUDA_HOME`, of PATH or of /usr/local/cuda.
 
 setup.py runs this file by itself: the standard library only.
 """
@@ -43,9 +43,9 @@ def digest() -> str:
 
 
 def compiler() -> str | None:
-    """Path of nvcc."""
-    if named := os.environ.get("NVCC"):
-        return shutil.which(named)
+    """Path of nvcc, None if there is none or none is wanted."""
+    if (named := os.environ.get("NVCC")) is not None:
+        return shutil.which(named) if named else None
     for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         if found := shutil.which("nvcc", path=f"{home}/bin"):
             return found

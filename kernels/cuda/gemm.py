@@ -17,14 +17,11 @@ from torch import Tensor
 
 from megatron_ext.kernels.cuda import driver
 from megatron_ext.kernels.cuda.driver import TensorMap
+from megatron_ext.kernels.cuda.operands import OUTPUTS, in_blocks, laid, misfit
 from megatron_ext.kernels.cuda.tiles import COLUMNS, TILES, choose, grid, up
 from megatron_ext.kernels.layout import BLOCK, empty_blocks, empty_data
 
-MODULE_OF = {"gemm_nt": "dense", "grouped_gemm_nt": "grouped", "grouped_wgrad": "wgrad"}
-"""The cubin of each operator."""
-
-_OUTPUTS = {torch.float32: 0, torch.bfloat16: 1}
-_ADD = 2
+_ADD = 2  # `kAdd` of schedule.h
 
 
 class Problem(ctypes.Structure):
@@ -40,7 +37,7 @@ class Problem(ctypes.Structure):
 def weight_operands(data: Tensor, scale: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The weight [..., N, K] and a copy of its transpose: TMA and wgmma want the contracted dimension contiguous."""
     transposed = empty_data(data.mT.shape, data.dtype, data.device)
-    transposed.copy_(data.mT)
+    transposed.view(torch.uint8).copy_(data.view(torch.uint8).mT)
     transposed_scale = empty_blocks(scale.shape[:-2], scale.shape[-1], scale.shape[-2], scale.device)
     return (data, scale), (transposed, transposed_scale.copy_(scale.mT))
 
@@ -50,7 +47,7 @@ def gemm_nt(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor 
     """See `reference.gemm.gemm_nt`; `tile` names one of `tiles.TILES`, for tests.
 
     Raises:
-        ValueError: the arguments are not laid out for the kernels (`misfit` says how).
+        ValueError: the arguments are not laid out for the kernels (`operands.misfit` says how).
     """
     _require(misfit("gemm_nt", a, a_scale, b, b_scale, out, dtype))
     (m, k), n = a.shape, b.shape[0]
@@ -59,11 +56,11 @@ def gemm_nt(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor 
         out = torch.empty(m, n, dtype=dtype, device=a.device)
     if not m or not n or not k:
         return out if adds else out.zero_()
-    blocks = _in_blocks(b, b_scale)
+    blocks = in_blocks(laid(b), laid(b_scale))
     count = driver.multiprocessors(driver.ordinal(a.device))
-    tile = tile or choose([m], n, count)
+    tile = tile or choose((m,), n, count)
     problem = Problem(m=m, n=n, k=k, groups=1)
-    _set_output(problem, out, _ADD if adds else _OUTPUTS[dtype])
+    _set_output(problem, out, _ADD if adds else OUTPUTS[dtype])
     if blocks:
         _set_blocks(problem, b_scale)
     maps = _maps(tile, (a, a_scale), (b, b_scale), blocks)
@@ -85,9 +82,9 @@ def grouped_gemm_nt(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, grou
     if not tokens or not n or not k:
         return out.zero_()
     count = driver.multiprocessors(driver.ordinal(a.device))
-    tile = tile or choose([up(tokens, experts)] * experts, n, count)
+    tile = tile or choose((up(tokens, experts),) * experts, n, count)
     problem = Problem(m=tokens, n=n, k=k, groups=experts, group_sizes=group_sizes.data_ptr())
-    _set_output(problem, out, _OUTPUTS[dtype])
+    _set_output(problem, out, OUTPUTS[dtype])
     _set_blocks(problem, b_scale)
     at_most = tokens // TILES[tile].rows + experts  # rows of tiles: each group ends with a partial one
     maps = _maps(tile, (a, a_scale), (b, b_scale), True)
@@ -107,91 +104,16 @@ def grouped_wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, grou
     if not out.numel():
         return
     count = driver.multiprocessors(driver.ordinal(dy.device))
-    tile = tile or choose([n] * experts, k, count, ("large", "large_pair", "medium", "medium_pair"))
+    tile = tile or choose((n,) * experts, k, count, ("large", "large_pair", "medium", "medium_pair"))
     problem = Problem(m=n, n=k, groups=experts, group_sizes=group_sizes.data_ptr(), out_group=out.stride(0))
     _set_output(problem, out, _ADD)
     maps = _maps(tile, (dy, dy_scale), (x, x_scale), False)
     _launch("wgrad", tile, dy.device, grid(tile, up(n, TILES[tile].rows) * experts, k, count), maps, problem)
 
 
-def misfit(operator: str, *args: Tensor | torch.dtype | None) -> str | None:
-    """None if an operator of `MODULE_OF` can take these arguments, else what is wrong with them in a few words."""
-    a, a_scale, b, b_scale, *rest = args
-    if b_scale is None:
-        return "b is not quantised"
-    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
-        return "operands must be E4M3"
-    if a_scale.dtype != torch.float32 or b_scale.dtype != torch.float32:
-        return "scales must be FP32"
-    if a.dim() != 2 or a_scale.dim() != 2 or b.dim() != (3 if operator == "grouped_gemm_nt" else 2):
-        return "operands have the wrong number of dimensions"
-    if a.shape[-1] != b.shape[-1] or a_scale.shape != (a.shape[0], up(a.shape[1], BLOCK)):
-        return f"shapes do not fit: {list(a.shape)}, {list(a_scale.shape)} and {list(b.shape)}"
-    if max(*a.shape, *b.shape) >= 1 << 31:
-        return "a dimension is 2^31 or more"
-    wrong = _data_misfit(a) or _data_misfit(b) or _tiles_misfit(a_scale)
-    blocks = operator == "grouped_gemm_nt" or (operator == "gemm_nt" and _in_blocks(b, b_scale))
-    wrong = wrong or (_blocks_misfit(b, b_scale) if blocks else _column_tiles_misfit(b, b_scale))
-    if operator == "gemm_nt":
-        out, dtype = (*rest, None, None)[:2]
-        shape = (a.shape[0], b.shape[0])
-    elif operator == "grouped_gemm_nt":
-        out, dtype = None, (*rest, None)[1]
-        wrong = wrong or _sizes_misfit(rest[0], b.shape[0])
-    else:
-        out, dtype, shape = rest[1], None, (rest[1].shape[0], a.shape[0], b.shape[0])
-        wrong = wrong or _sizes_misfit(rest[0], out.shape[0])
-    if out is not None and (out.dtype != torch.float32 or out.shape != shape or not _unit(out)):
-        wrong = wrong or f"out must be FP32 {list(shape)} with contiguous rows"
-    return wrong or ("results are FP32 or BF16" if dtype not in (None, *_OUTPUTS) else None)
-
-
 def _require(wrong: str | None) -> None:
     if wrong is not None:
         raise ValueError(f"cuda kernels: {wrong}")
-
-
-def _unit(x: Tensor) -> bool:
-    return x.stride(-1) == 1 or x.shape[-1] == 1
-
-
-def _data_misfit(x: Tensor) -> str | None:
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    if x.numel() and (not _unit(x) or x.data_ptr() % 16 or any(s % 16 or s < x.shape[-1] for s in strides)):
-        return f"rows of data must begin at multiples of 16 bytes, not with strides {x.stride()}"
-    return None
-
-
-def _tiles_misfit(scale: Tensor) -> str | None:
-    rows, tiles = scale.shape
-    column = scale.stride(1) if tiles > 1 else rows + -rows % 4
-    good = (rows == 1 or scale.stride(0) == 1) and column % 4 == 0 and column >= rows
-    if scale.numel() and (not good or scale.data_ptr() % 16):
-        return f"scales of tiles must lie column by column, 16 bytes aligned, not with strides {scale.stride()}"
-    return None
-
-
-def _column_tiles_misfit(b: Tensor, scale: Tensor) -> str | None:
-    if scale.shape != (b.shape[0], up(b.shape[1], BLOCK)):
-        return f"scale {list(scale.shape)} is not of 1x128 tiles of {list(b.shape)}"
-    return _tiles_misfit(scale)
-
-
-def _blocks_misfit(b: Tensor, scale: Tensor) -> str | None:
-    if scale.shape != (*b.shape[:-2], up(b.shape[-2], BLOCK), up(b.shape[-1], BLOCK)) or not _unit(scale):
-        return f"scale {list(scale.shape)}, strides {scale.stride()}, is not of 128x128 blocks of {list(b.shape)}"
-    return None
-
-
-def _sizes_misfit(sizes: object, groups: int) -> str | None:
-    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.shape != (groups,) or not _unit(sizes):
-        return f"group sizes must be an int64 tensor [{groups}] on the device"
-    return None
-
-
-def _in_blocks(b: Tensor, b_scale: Tensor) -> bool:
-    """Whether b is in 128x128 blocks. A single row may be called either; its strides say which it was made as."""
-    return b_scale.shape[-2] != b.shape[-2] or (b.shape[-2] == 1 and _unit(b_scale))
 
 
 def _set_output(problem: Problem, out: Tensor, output: int) -> None:

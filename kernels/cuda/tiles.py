@@ -6,7 +6,7 @@ The choice models a wave of tiles as rows of the tile times a price per row. The
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass
 
 COLUMNS = 128
@@ -48,7 +48,8 @@ def up(n: int, unit: int) -> int:
     return -(-n // unit)
 
 
-def choose(rows: Iterable[int], columns: int, multiprocessors: int, names: Iterable[str] = TILES) -> str:
+@functools.lru_cache(maxsize=4096)
+def choose(rows: tuple[int, ...], columns: int, multiprocessors: int, names: tuple[str, ...] = tuple(TILES)) -> str:
     """The tile with the cheapest waves.
 
     Args:
@@ -57,7 +58,6 @@ def choose(rows: Iterable[int], columns: int, multiprocessors: int, names: Itera
         multiprocessors: blocks at work at one time.
         names: the tiles to choose from.
     """
-    rows = list(rows)
 
     def cost(name: str) -> float:
         tile = TILES[name]

@@ -4,7 +4,7 @@
 
 triton asks for TRITON_INTERPRET once, when it is imported, and a process that interprets cannot compile. As of Triton
 3.9 the interpreter rounds FP32 to BF16 by cutting it off, and to FP8 half up without carrying into the exponent (7.77
-becomes 4.0 in E4M3); before 3.9 its FMA rounds twice.
+becomes 4.0 in E4M3).
 """
 
 from __future__ import annotations
@@ -74,8 +74,20 @@ def mend() -> None:
 
     interpreter._convert_float = convert
     if not hasattr(interpreter._interpreter, "fma_fp32"):
-        interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(
-            fma(x.data, y.data, z.data), z.dtype.scalar)  # fmt: skip
+        _mend_older(interpreter)
+
+
+def _mend_older(interpreter: Any) -> None:
+    """What Triton 3.9 does itself: an FMA of one rounding, and bounds of loops with NumPy 2.4."""
+    interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(
+        fma(x.data, y.data, z.data), z.dtype.scalar)  # fmt: skip
+    original = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def fma(x: numpy.ndarray, y: numpy.ndarray, z: numpy.ndarray) -> numpy.ndarray:

@@ -5,6 +5,7 @@ Each case is a process of its own whose loader finds the emulated driver (or non
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,52 +15,66 @@ import pytest
 import torch
 
 from megatron_ext.kernels.cuda import available, tiles
-from megatron_ext.kernels.cuda.gemm import misfit
+from megatron_ext.kernels.cuda.cubins import FOLDER
+from megatron_ext.kernels.cuda.gemm import weight_operands
+from megatron_ext.kernels.cuda.operands import misfit
 from megatron_ext.kernels.layout import empty_blocks, empty_data, empty_tiles
+from megatron_ext.kernels.reference.quantize import dequantize, quantize
 from tests.kernels.emulation.library import ABSENT, build, fake_cubins
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    build(folder)
-    fake_cubins(folder)
-    return folder
+CASES = {
+    "all well": ({}, "None"),
+    "old driver": ({"EMULATION_DRIVER": "11080"}, "the driver is of CUDA 11.8, and there is no nvcc to compile them"),
+    "Ampere": ({"EMULATION_CAPABILITY": "80"}, "compute capability 8.0, they are for Hopper's 9.0"),
+    "Blackwell": ({"EMULATION_CAPABILITY": "100"}, "compute capability 10.0, they are for Hopper's 9.0"),
+    "no GPU": ({"EMULATION_DEVICES": "0"}, "no GPU"),
+    "no start": ({"EMULATION_INIT": "100"}, "cuInit: error 100"),
+    "refused": ({"EMULATION_LOAD": "209"}, "cuModuleLoadData: error 209"),
+    "no cubins": ({"XDG_CACHE_HOME": "/nonexistent"}, "no compiled kernels came with the package"),
+}
+
+ASK = """
+import json, os, sys
+from megatron_ext.kernels.cuda.available import why_not
+for environment in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        os.environ.update(environment)
+        print(why_not(), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
 
 
-def why_not(folder: Path, **environment: str) -> str:
-    code = "from megatron_ext.kernels.cuda.available import why_not; print(why_not())"
+def ask(folder: Path, *environments: dict[str, str]) -> list[str]:
+    """What `why_not` prints in a fresh process for each environment."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(ROOT),
-           "NVCC": "no-such-nvcc", **environment}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
+           "NVCC": "no-such-nvcc"}  # fmt: skip
+    command = [sys.executable, "-c", ASK, json.dumps(environments)]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 @needs_compiler
-@pytest.mark.parametrize(("environment", "said"), [
-    ({}, "None"),
-    ({"EMULATION_DRIVER": "12040"}, "are of CUDA 13.0, the driver is of CUDA 12.4, and there is no nvcc"),
-    ({"EMULATION_CAPABILITY": "80"}, "compute capability 8.0, they are for Hopper's 9.0"),
-    ({"EMULATION_CAPABILITY": "100"}, "compute capability 10.0, they are for Hopper's 9.0"),
-    ({"EMULATION_DEVICES": "0"}, "no GPU"),
-    ({"EMULATION_INIT": "100"}, "cuInit: error 100"),
-    ({"EMULATION_LOAD": "209"}, "cuModuleLoadData: error 209"),
-    ({"XDG_CACHE_HOME": "/nonexistent"}, "no compiled kernels came with the package, and there is no nvcc"),
-], ids=["all well", "old driver", "Ampere", "Blackwell", "no GPU", "no start", "refused", "no cubins"])  # fmt: skip
-def test_one_line_says_why_not(folder: Path, environment: dict[str, str], said: str) -> None:
-    line = why_not(folder, **environment)
-    assert said in line and len(line.splitlines()) == 1
-    assert line == "None" or line.startswith("cuda kernels: ")
+def test_one_line_says_why_not(tmp_path: Path) -> None:
+    build(tmp_path)
+    fake_cubins(tmp_path)
+    cases = {name: case for name, case in CASES.items() if name != "no cubins" or not list(FOLDER.glob("*.cubin"))}
+    lines = ask(tmp_path, *(environment for environment, _ in cases.values()))
+    for (name, (_, said)), line in zip(cases.items(), lines, strict=True):
+        assert said in line, name
+        assert line == "None" or line.startswith("cuda kernels: "), name
 
 
 def test_without_a_driver(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_bytes(b"not a library")
-    line = why_not(tmp_path)
-    assert line.startswith("cuda kernels: no CUDA driver (") and len(line.splitlines()) == 1
+    (line,) = ask(tmp_path, {})
+    assert line.startswith("cuda kernels: no CUDA driver (")
 
 
 def test_a_cpu_is_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +103,19 @@ def test_what_the_layout_makes_fits() -> None:
                 assert misfit("gemm_nt", *dense(m, 1, k, tiles_of_b)) is None
 
 
+def test_both_operands_of_a_weight_fit() -> None:
+    """And the second is the transpose, number by number."""
+    for stack in ((), (3,)):
+        data, scale = quantize(torch.randn(*stack, 200, 400), (128, 128))
+        (b, b_scale), (b_t, b_t_scale) = weight_operands(data, scale)
+        assert torch.equal(dequantize(b_t.contiguous(), b_t_scale.contiguous()), dequantize(b, b_scale).mT)
+        a, a_scale, *_ = dense(5, 1, 200)
+        args = (torch.tensor([5, 0, 0]),) if stack else ()
+        # a CPU's empty_data is not padded: 200 is a multiple of 8 only
+        wide = empty_data(b_t.shape, E4M3, CPU, gpu=True)
+        assert misfit("grouped_gemm_nt" if stack else "gemm_nt", a, a_scale, wide, b_t_scale, *args) is None
+
+
 @pytest.mark.parametrize(("change", "said"), [
     (lambda a, sa, b, sb: (a, sa, b, None), "not quantised"),
     (lambda a, sa, b, sb: (a, sa, b.view(torch.float8_e5m2), sb), "E4M3"),
@@ -97,11 +125,13 @@ def test_what_the_layout_makes_fits() -> None:
     (lambda a, sa, b, sb: (a.t().contiguous().t(), sa, b, sb), "16 bytes"),
     (lambda a, sa, b, sb: (a, sa.contiguous(), b, sb), "column by column"),
     (lambda a, sa, b, sb: (a, sa, b, sb.t().contiguous().t()), "128x128 blocks"),
-    (lambda a, sa, b, sb: (a, sa[:, :3], b, sb), "do not fit"),
+    (lambda a, sa, b, sb: (a, sa[:, :3], b, sb), "1x128 tiles"),
     (lambda a, sa, b, sb: (a, sa, b, sb, torch.empty(129, 200).bfloat16()), "out must be FP32"),
     (lambda a, sa, b, sb: (a, sa, b, sb, torch.empty(200, 129).t()), "out must be FP32"),
     (lambda a, sa, b, sb: (a, sa, b, sb, None, torch.float16), "FP32 or BF16"),
     (lambda a, sa, b, sb: (a, sa.double(), b, sb), "FP32"),
+    (lambda a, sa, b, sb: (a, sa, b.to("meta"), sb), "several devices"),
+    (lambda a, sa, b, sb: (a, sa, b[:, :384], sb), "do not fit"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(change, said: str | None) -> None:
     found = misfit("gemm_nt", *change(*dense()))

@@ -130,11 +130,11 @@ def broken(path: Path) -> Path:
 
 
 FIND = """
-import sys
-from megatron_ext.kernels.cuda import cubins
+import runpy, sys
+cubins = runpy.run_path(sys.argv[1])
 try:
-    print(cubins.find("dense", tuple(map(int, sys.argv[1].split(".")))))
-except cubins.CubinError as error:
+    print(cubins["find"]("dense", tuple(map(int, sys.argv[2].split(".")))))
+except cubins["CubinError"] as error:
     print("CubinError:", error)
 """
 
@@ -144,43 +144,38 @@ def environment(cache: Path, **changes: str) -> dict[str, str]:
     return {**kept, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), **changes}
 
 
-def find(driver: str, env: Mapping[str, str], count: int = 1) -> list[str]:
+@pytest.fixture()
+def sources(tmp_path: Path) -> Path:
+    """The backend's folder as it comes without compiled kernels."""
+    return Path(shutil.copytree(cubins.FOLDER, tmp_path / "cuda", ignore=shutil.ignore_patterns("*.cubin")))
+
+
+def find(sources: Path, driver: str, env: Mapping[str, str], count: int = 1) -> list[str]:
     """What `cubins.find` said in each of `count` processes started at once."""
-    started = [
-        subprocess.Popen([sys.executable, "-c", FIND, driver], env=env, stdout=subprocess.PIPE, text=True)
-        for _ in range(count)
-    ]
+    command = [sys.executable, "-S", "-c", FIND, str(sources / "cubins.py"), driver]  # -S: no site-packages
+    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     return [process.communicate(timeout=120)[0].strip() for process in started]
 
 
-def no_prebuilt() -> bool:
-    return not list(cubins.FOLDER.glob(f"*-{cubins.digest()}-*.cubin"))
-
-
-without_prebuilt = pytest.mark.skipif(not no_prebuilt(), reason="this checkout has compiled kernels")
-
-
-@without_prebuilt
-def test_compiled_on_first_use_and_then_found(tmp_path: Path) -> None:
+def test_compiled_on_first_use_and_then_found(sources: Path, tmp_path: Path) -> None:
     nvcc = working(tmp_path / "bin" / "nvcc")
     env = environment(tmp_path / "cache", NVCC=str(nvcc))
     expected = tmp_path / "cache" / "megatron_ext" / "cubins" / f"dense-{cubins.digest()}-cuda13.0.cubin"
-    assert find("13.0", env, count=2) == [str(expected)] * 2  # two ranks at once
+    assert find(sources, "13.0", env, count=2) == [str(expected)] * 2  # two ranks at once
     assert expected.read_bytes() == b"\x7fELF"
     calls = len(Path(f"{nvcc}.calls").read_text().splitlines())
-    assert find("13.1", env) == [str(expected)]
+    assert find(sources, "13.1", env) == [str(expected)]
     assert len(Path(f"{nvcc}.calls").read_text().splitlines()) == calls
     assert [path.name for path in expected.parent.iterdir()] == [expected.name]  # nothing unfinished stays
 
 
-@without_prebuilt
 @pytest.mark.parametrize(("home", "driver", "said"), [
     (None, "13.0", "CubinError: no compiled kernels came with the package, and there is no nvcc to compile them"),
     ("broken", "13.0", "nvcc failed on dense.cu: nothing works"),
     ("13.0", "12.4", "is of CUDA 13.0: a driver of CUDA 12.4 is too old"),
     ("readonly", "13.0", "cannot compile into"),
 ], ids=["no nvcc", "broken", "driver too old", "no cache"])  # fmt: skip
-def test_one_line_says_what_is_missing(tmp_path: Path, home: str | None, driver: str, said: str) -> None:
+def test_one_line_says_what_is_missing(sources: Path, tmp_path: Path, home: str | None, driver: str, said: str) -> None:
     env, cache = {"NVCC": "no-such-nvcc"}, tmp_path / "cache"
     if home == "broken":
         env = {"NVCC": str(broken(tmp_path / "nvcc"))}
@@ -189,26 +184,28 @@ def test_one_line_says_what_is_missing(tmp_path: Path, home: str | None, driver:
         env = {"CUDA_HOME": str(tmp_path / "toolkit")}
         if home == "readonly":
             cache.write_text("a file where the folder should be")
-    (line,) = find(driver, environment(cache, **env))
+    (line,) = find(sources, driver, environment(cache, **env))
     assert said in line and "\n" not in line
 
 
-def test_a_cubin_of_a_newer_toolkit_is_passed_over(tmp_path: Path) -> None:
+def test_a_cubin_of_a_newer_toolkit_is_passed_over(sources: Path, tmp_path: Path) -> None:
     cache = tmp_path / "megatron_ext" / "cubins"
     cache.mkdir(parents=True)
     for version in ("12.8", "13.0"):
         (cache / f"dense-{cubins.digest()}-cuda{version}.cubin").write_bytes(b"\x7fELF")
-    (line,) = find("12.9", environment(tmp_path, NVCC="no-such-nvcc"))
+    (line,) = find(sources, "12.9", environment(tmp_path, NVCC="no-such-nvcc"))
     assert line == str(cache / f"dense-{cubins.digest()}-cuda12.8.cubin")
 
 
-def test_the_digest_follows_sources(tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(cubins.FOLDER, tmp_path / "cuda"))
-    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['digest']())"
-    digest = [sys.executable, "-S", "-c", code, str(copy / "cubins.py")]  # -S: the standard library is enough
-    assert subprocess.check_output(digest, text=True).strip() == cubins.digest()
-    (copy / "gemm.cuh").write_text((copy / "gemm.cuh").read_text() + "\n")
-    assert subprocess.check_output(digest, text=True).strip() != cubins.digest()
+def test_a_cubin_of_other_sources_is_not_found(sources: Path, tmp_path: Path) -> None:
+    env = environment(tmp_path, NVCC="no-such-nvcc")
+    cubin = sources / f"dense-{cubins.digest()}-cuda13.0.cubin"
+    cubin.write_bytes(b"\x7fELF")
+    assert find(sources, "13.0", env) == [str(cubin)]
+    with (sources / "gemm.cuh").open("a") as file:
+        file.write("// changed\n")
+    (line,) = find(sources, "13.0", env)
+    assert line.startswith("CubinError: no compiled kernels")
 
 
 @pytest.fixture()
@@ -238,6 +235,11 @@ def test_setup_compiles_cubins_and_replaces_old_ones(checkout: Path, tmp_path: P
     names = {f"{module}-{cubins.digest()}-cuda13.0.cubin" for module in cubins.MODULES}
     assert {path.name for path in (checkout / "kernels" / "cuda").glob("*.cubin")} == names
     assert (checkout / "kernels" / "cpu" / "libmegatron_ext_cpu.so").is_file()
+
+
+def test_setup_without_cubins_on_request(checkout: Path) -> None:
+    assert set_up(checkout, "") == ""
+    assert not list(checkout.glob("kernels/cuda/*.cubin"))
 
 
 @pytest.mark.parametrize(("nvcc", "said"), [("no-such-nvcc", "no nvcc, CUDA kernels not built"),

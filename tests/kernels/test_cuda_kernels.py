@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ext.kernels.layout import empty_blocks, empty_data, empty_tiles
 from megatron_ext.kernels.reference.quantize import dequantize, quantize
-from tests.kernels.emulation.library import ABSENT, Emulated
+from tests.kernels.emulation.library import ABSENT, Emulated, build
 
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
@@ -177,10 +177,10 @@ def special() -> None:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("block", [1, 128], ids=["tile", "block"])
 @pytest.mark.parametrize(("m", "n", "k", "sms"), [
-    (1, 64, 128, 4), (7, 130, 200, 4), (129, 200, 384, 3), (300, 257, 640, 2), (5, 128, 1430, 4), (131, 576, 256, 8),
+    (7, 130, 200, 4), (129, 200, 384, 3), (300, 257, 640, 2), (5, 128, 1430, 4),
 ])  # fmt: skip
 def test_dense(emulated: Emulated, m: int, n: int, k: int, sms: int, block: int, tile: str) -> None:
-    emulated.run(dense, m, n, k, block, tile, max(sms, 2))
+    emulated.run(dense, m, n, k, block, tile, sms)
 
 
 @pytest.mark.parametrize("block", [1, 128], ids=["tile", "block"])
@@ -221,11 +221,9 @@ def test_special_numbers(emulated: Emulated) -> None:
 
 
 @pytest.fixture(scope="module")
-def headers(emulated: Emulated) -> ctypes.CDLL:
+def headers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The functions of layout.h and schedule.h, under another name than the driver's."""
-    copy = emulated.library.with_name("headers.so")
-    copy.write_bytes(emulated.library.read_bytes())
-    return ctypes.CDLL(str(copy))
+    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("headers"), "headers.so")))
 
 
 def test_the_launcher_knows_the_tiles(headers: ctypes.CDLL) -> None:
