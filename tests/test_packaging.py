@@ -45,7 +45,8 @@ def pip(*arguments: str | Path, cwd: Path) -> str:
 
 
 def copy_of_checkout(target: Path) -> Path:
-    unwanted = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "*.so", "*.cubin", "__pycache__", ".*_cache", "shared")
+    unwanted = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "*.so", "*.cubin", "__pycache__", ".*_cache",
+                "shared")
     return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(*unwanted)))
 
 

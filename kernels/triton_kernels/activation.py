@@ -154,5 +154,5 @@ def rms_norm_quantize(
     launch(
         rms_norm_kernel, rows, x, weight, raw(data), scale, rstd, columns, float(eps),
         x.stride(0), data.stride(0), *scale.stride(), POWER_OF_TWO=power_of_two, E5M2=format == "e5m2",
-        TILES=tiles, num_warps=min(16, max(1, tiles * TILE // 1024)))  # fmt: skip
+        TILES=tiles, num_warps=min(32, max(1, tiles * TILE // 1024)))  # fmt: skip
     return data, scale, rstd
