@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr float kLowest = -87.f, kHighest = 88.f, kLog2E = 1.44269504f, kLn2High = 0.693359375f;
+constexpr float kLowest = -87.f, kHighest = 87.f, kLog2E = 1.44269504f, kLn2High = 0.693359375f;
 constexpr float kLn2Low = -2.12194440e-4f;
 constexpr float kPolynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};

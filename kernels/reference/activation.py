@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext.kernels.layout import BLOCK
 from megatron_ext.kernels.reference.quantize import quantize, quantize_both
 
-LOWEST, HIGHEST = -87.0, 88.0
+LOWEST, HIGHEST = -87.0, 87.0
 """What `exp_fp32` clamps to: 2^n stays a normal number and nothing overflows."""
 
 LOG2_E = 1.44269504
@@ -29,7 +29,7 @@ POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2
 
 
 def exp_fp32(x: Tensor) -> Tensor:
-    """e^x for FP32, within 2 units in the last place of e^clamp(x, -87, 88); NaN gives NaN."""
+    """e^x for FP32, within 2 units in the last place of e^clamp(x, -87, 87); NaN gives NaN."""
     x = x.clamp(LOWEST, HIGHEST)
     n = torch.round(x * LOG2_E)  # half to even
     r = x - n * LN2_HIGH

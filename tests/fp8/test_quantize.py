@@ -229,10 +229,10 @@ def test_quantize_writes_the_bytes_of_the_reference(
 
 
 def neighbours(amax: Tensor) -> Tensor:
-    """[R] largest magnitudes -> tiles [R, 128] of those and of numbers whose quotient by the scale of their tile is next to
-    a boundary between two FP8 numbers, or on it: where a division is off by a bit, these tell."""
+    """[R] largest magnitudes -> tiles [R, 128] of those and of numbers whose quotient by the tile's scale is next to a
+    boundary between two FP8 numbers, or on it: where a division is off by a bit, these tell."""
     scale = amax / torch.tensor(448.0)
-    boundaries = torch.arange(16, 32) / 16 * torch.exp2(torch.randint(-9, 8, (len(amax), 16)))
+    boundaries = (torch.arange(16, 32) / 16 * torch.exp2(torch.randint(-25, 9, (len(amax), 16)))).clamp(max=448)
     near = (boundaries * scale[:, None]).view(torch.int32)
     x = torch.stack([near + step for step in (-3, -2, -1, 0, 1, 2, 3)], -1).flatten(1).view(torch.float32)
     return torch.cat([x.minimum(amax[:, None]), amax[:, None].expand(-1, 16)], 1)
@@ -240,9 +240,10 @@ def neighbours(amax: Tensor) -> Tensor:
 
 @backends("quantize", "quantize_transposed")
 def test_quotients_are_those_of_a_division(backend: Backend) -> None:
-    amax = 448 * torch.exp2(torch.randint(-60, 110, (4096,)) + torch.rand(4096))
-    special = 448 * torch.tensor([2 - 2.0**-23, 2**101 - 2.0**77, 2.0**100, 1.0])  # mantissas of ones, and huge scales
-    x = neighbours(torch.cat([amax, special]))
+    amax = 448 * torch.exp2(torch.randint(-60, 118, (4096,)) + torch.rand(4096))
+    ones = 448 * torch.full((256,), 2 - 2.0**-23)  # a scale whose mantissa is all ones is a case of its own,
+    huge = 448 * 2.0**118 * (1 + torch.rand(2048))  # and so are those with a reciprocal that is all but denormal
+    x = neighbours(torch.cat([amax, ones, huge]))
     for format in FORMATS:
         assert_same_bytes(backend.quantize(x, (1, 128), False, format), reference.quantize(x, (1, 128), False, format))
         found = backend.quantize_transposed(x.t().contiguous(), False, format)
@@ -363,6 +364,21 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(found, expected, strict=True):
         assert_same_bytes(a, b)
     assert torch.equal(dequantized, reference.dequantize(*tiles))
+
+
+@backends("quantize", "dequantize", "quantize_both")
+def test_big_arrays(backend: Backend) -> None:
+    """Big enough for huge pages and for a second thread."""
+    x = wide(1100, 4096, dtype=torch.bfloat16)
+    torch.set_num_threads(2)
+    try:
+        found = backend.quantize_both(x)
+        assert_same_bytes(backend.quantize(x), found[:2])
+        dequantized = backend.dequantize(*found[:2])
+    finally:
+        torch.set_num_threads(1)
+    assert_same_bytes(found, reference.quantize_both(x))
+    assert torch.equal(dequantized, reference.dequantize(*found[:2]))
 
 
 @backends("quantize", "quantize_transposed", "dequantize")
