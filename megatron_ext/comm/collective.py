@@ -90,8 +90,8 @@ class Collective:
         del self._experts, self._first
         self._route(first // self._width, sizes)
         origin = torch.arange(len(tokens), device=tokens.device) + (self.ep.rank << 32)
-        self._on_way = _Outward("dispatch", self, self._token.writer(tokens, weights, experts, origin), self._token,
-                                tokens.device)
+        rows_of = self._token.writer(tokens, weights, experts, origin, copies=self._copies_sent)
+        self._on_way = _Outward("dispatch", self, rows_of, self._token, tokens.device)
         return sizes.groups
 
     def _route(self, chunk_PT: Tensor, sizes: Sizes) -> None:
@@ -112,6 +112,11 @@ class Collective:
         return self.terms.num_experts // self.ep.size // self.terms.chunks
 
     @property
+    def _copies_sent(self) -> int:
+        """Rows that the first hop sends, over all chunks."""
+        return sum(map(sum, self.hops[0].sent))
+
+    @property
     def copies(self) -> int:
         """C."""
         return self.hops[-1].total
@@ -130,7 +135,8 @@ class Collective:
 
     def start_combine_backward(self, dy: Tensor) -> None:
         """[T, h]."""
-        self._on_way = _Outward("combine_backward", self, self._result_grad.writer(dy), self._result_grad, dy.device)
+        rows_of = self._result_grad.writer(dy, copies=self._copies_sent)
+        self._on_way = _Outward("combine_backward", self, rows_of, self._result_grad, dy.device)
 
     def finish_combine_backward(self, chunk: int) -> Tensor:
         """[C', h], the copies that come in this chunk."""

@@ -61,19 +61,23 @@ def connect(ep: ExpertParallel, hidden: int, dtype: torch.dtype, device: torch.d
     else:
         try:
             kind = importlib.import_module("deep_ep").Buffer
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a wheel for another CUDA fails in whatever way it likes
             reason = f"deep_ep cannot be imported ({error})"
         if not everywhere(reason is None, ep):
             reason = reason or "another rank of the expert group cannot import it"
     if reason is None:
+        buffer = None
         try:
             settings = kind.get_dispatch_config(ep.size), kind.get_combine_config(ep.size)
             width = hidden * dtype.itemsize
             nvl = max(setting.get_nvl_buffer_size_hint(width, ep.size) for setting in settings)
             rdma = max(setting.get_rdma_buffer_size_hint(width, ep.size) for setting in settings)
-            return kind(ep.group, nvl, rdma)
+            buffer = kind(ep.group, nvl, rdma)
         except (AssertionError, AttributeError, RuntimeError) as error:
             reason = f"deep_ep refuses {ep.size} ranks ({type(error).__name__}: {error})"
+        if everywhere(buffer is not None, ep):
+            return buffer
+        reason = reason or "it refuses another rank of the expert group"
     (_log.warning if ep.rank == 0 else _log.debug)("expert dispatch over torch.distributed, not DeepEP: %s", reason)
     return None
 

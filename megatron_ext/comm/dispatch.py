@@ -11,8 +11,9 @@ gradient of `combine` goes out like a token, the gradient of `dispatch` comes ba
 identity as its gradient.
 
 Where the host waits on CUDA: once per forward, in `Transit.start_dispatch`, for the numbers of rows of the other ranks,
-on which the sizes of messages and of matrix products depend. Backward does not wait. Over gloo it waits in each finish
-too, and for the device at each start. (DeepEP waits likewise, inside its dispatch.)
+on which the sizes of messages and of matrix products depend. Backward does not wait (with Triton, that is: the torch
+reference quantises rows by masks, whose sizes it reads). Over gloo it waits in each finish too, and for the device at
+each start. (DeepEP waits likewise, inside its dispatch.)
 
 Shape letters: T tokens here, k experts of a token, E experts, N ranks of the group, R rows here, h hidden size.
 """
@@ -158,7 +159,7 @@ class _Combine(torch.autograd.Function):
 
 
 def dispatch(transit: Transit, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens to experts, differentiable. Starts the dispatch if that has not been done.
+    """Tokens to experts, differentiable; starts the dispatch and waits for it.
 
     Args:
         tokens: [T, h] in the model's dtype.

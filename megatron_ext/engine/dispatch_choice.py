@@ -52,8 +52,6 @@ class DispatchMixin:
             layer = self._moe[0]
             buffer = deep_ep.connect(ep, layer.hidden_size, next(layer.parameters()).dtype, self.device)
             self._set_dispatch(buffer=buffer)
-        self._own_transport = any(layer.dispatcher.buffer is not None for layer in self._moe)
-        self._hops_chosen = section.two_hop != "auto" or self._own_transport
         if type(section.dispatch_chunks) is int:
             used = {layer.dispatcher.parts for layer in self._moe}
             if used - {section.dispatch_chunks}:
@@ -63,18 +61,22 @@ class DispatchMixin:
             self._say_dispatch("two_hop makes no difference: an expert group is in one node, or has one rank on each")
         self._trials: list[tuple[int, float]] = []
         warnings = [w for r in self.routers.values() if (w := node_limit_warning(r, ep.size, ep.layout)) is not None]
-        mine = max((self._most_chunks(layer) for layer in self._moe), default=1), warnings[:1]
+        own_transport = any(layer.dispatcher.buffer is not None for layer in self._moe)
+        mine = max((self._most_chunks(layer) for layer in self._moe), default=1), warnings[:1], own_transport
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine, group=self.process_groups.control)
-        most = max(experts for experts, _ in found) if ep.size > 1 and self._tunes_chunks() else 1
+        # What follows is collective over the job, also where a rank has no experts.
+        own_transport = any(own for *_, own in found)
+        most = max(chunks for chunks, *_ in found) if ep.size > 1 and self._tunes_chunks() and not own_transport else 1
         self._candidates = [c for c in CANDIDATES if c <= most] if most > 1 else []
-        for warning in [w for _, rank in found for w in rank][:1]:
+        self._hops_chosen = section.two_hop != "auto" or own_transport
+        for warning in [w for _, rank, _ in found for w in rank][:1]:
             self._say_dispatch(warning)
 
     def _most_chunks(self, layer: Any) -> int:
         """1 where chunks would change results: torch's SiLU on CPUs rounds the end of a tensor that does not fill whole
         vectors otherwise than the rest, and what lies there depends on chunks."""
-        if self._own_transport or (self.device.type == "cpu" and layer.expert_width % VECTORS):
+        if self.device.type == "cpu" and layer.expert_width % VECTORS:
             return 1
         return layer.dispatcher.num_experts // layer.dispatcher.ep.size
 

@@ -58,8 +58,8 @@ class MoE(nn.Module):
 
     def phases(self, chunks: int | None = None) -> list[Phase | Exchange]:
         """From "tokens" [T, h], "weights" and "experts" [T, k] (`route`) to "mixed" and, with shared experts, "shared",
-        both [T, h] (layers/phases.py). The shared experts, which `recompute` calls mlp too, need only the tokens and
-        lie behind the dispatch.
+        both [T, h] (layers/phases.py). The shared experts, which `recompute` calls mlp too, need only the tokens: under
+        a pipeline they lie behind the dispatch.
 
         Args:
             chunks: of experts; by default as many as the dispatcher has.

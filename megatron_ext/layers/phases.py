@@ -107,14 +107,14 @@ def check_phases(phases: Any, layer: str) -> None:
 
     Raises:
         ConfigError: it is no list of phases, or one reads what none before it has written, writes a name twice, or "x"
-            before the last; or the last does not write "x".
+            before the last; an exchange brings what nobody reads, or two keep the same; or the last does not write "x".
     """
     def refuse(value: Any, rule: str) -> NoReturn:
         raise ConfigError(f"{layer}.phases()", value, rule)
 
     if not isinstance(phases, (list, tuple)) or not all(isinstance(p, (Phase, Exchange)) for p in phases) or not phases:
         refuse(phases, "must be a list of Phase and Exchange, at least one")
-    known = {"x"}
+    known, kept = {"x"}, set[str]()
     for index, phase in enumerate(phases):
         reads, writes = groups_of(phase, "reads"), groups_of(phase, "writes")
         where = f"in phase {index}, {phase.name!r}, "
@@ -127,6 +127,14 @@ def check_phases(phases: Any, layer: str) -> None:
         for name in (name for names in reads for name in names):
             if name not in known:
                 refuse(name, f"{where}is read, and no phase before writes it ({', '.join(sorted(known))} are there)")
+            if isinstance(phase, Exchange) and phase.keeps and name in kept:
+                refuse(name, f"{where}is kept for backward by an exchange before it too")
+        if isinstance(phase, Exchange):
+            kept |= names_of(phase, "reads") if phase.keeps else set()
+            later = {name for after in phases[index + 1:] for name in names_of(after, "reads")}
+            for names in writes:
+                if not set(names) & later:
+                    refuse(names, f"{where}is a group that nobody reads, so that nobody would wait for it")
         last = index == len(phases) - 1
         for name in written:
             if name in known and not (name == "x" and last):

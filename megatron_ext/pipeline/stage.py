@@ -3,9 +3,9 @@
 Every phase (layers/phases.py) is an autograd graph of its own: its inputs are cut off from what made them, what is kept
 of its outputs is the edge into its graph, and backward runs the graphs one by one and hands gradients on by name.
 Exchanges start as early and finish as late as the order allows. `forward` and `backward` are generators that yield
-where they would have to wait for an exchange: whoever drives them may run another micro-batch meanwhile, which is how a
-forward-backward pair overlaps (executor.py). In what order the two take turns changes no result, for they share nothing
-but the weights.
+where they would first have to wait for an exchange: whoever drives them may run another micro-batch meanwhile, which is
+how a forward-backward pair overlaps (executor.py). In what order the two take turns changes no result, for they share
+nothing but the weights.
 
 Backward goes through the phases against their order, but one that need not wait comes before one that must, and weight
 gradients fill the time after an exchange has started. A MoE block then runs
@@ -103,7 +103,7 @@ class _Like(NamedTuple):
 class _Graph:
     """What is kept of one phase until its backward."""
 
-    inputs: list[Any]  # one per name read; tensors are leaves, which carry their gradient afterwards
+    inputs: list[Any]  # one per name read: leaves if the phase is to run again, else slots; both get the gradient
     roots: list[list[GradientEdge | None]] = field(default_factory=list)  # per name written, per tensor of it
 
 
@@ -150,7 +150,7 @@ class StageRun:
     # -- forward
 
     def forward(self, value: Any) -> Generator[None, None, Any]:
-        """What the stage makes of `value`; yields before every wait."""
+        """What the stage makes of `value`; yields before the first wait for every exchange."""
         for layer in self.layers:
             here = self._here = _Passed(layer, {"key": self.key})
             value = yield from self._forward_layer(here, value)
@@ -195,11 +195,15 @@ class StageRun:
             with torch.no_grad():
                 return self._call(here, phase, values)
         again = phase.name in self.recompute
-        graph = here.graphs[index] = _Graph([_leaves(value) for value in values])
+        if again:
+            inputs = kept = [_leaves(value) for value in values]
+        else:
+            inputs, kept = map(list, zip(*map(_enter, values), strict=True)) if values else ([], [])
+        graph = here.graphs[index] = _Graph(kept)
         self.set_counting(True)
         try:
             with torch.set_grad_enabled(not again):
-                output = self._call(here, phase, graph.inputs)
+                output = self._call(here, phase, inputs)
         finally:
             self.set_counting(False)
         if again:  # whether a gradient can flow is known when it runs once more
@@ -216,7 +220,7 @@ class StageRun:
 
     def backward(self, gradients: Gradients, run: RunBackward,
                  fill: Callable[[], None] = lambda: None) -> Generator[None, None, Gradients]:
-        """The gradients of the stage's input, one per tensor of it; yields before every wait.
+        """The gradients of the stage's input, one per tensor of it; yields before the first wait for every exchange.
 
         Args:
             gradients: of the stage's output, one per tensor of it.
@@ -284,7 +288,7 @@ def _differentiate(phase: Phase, graph: _Graph, found: dict[str, Gradients], run
     if roots:
         run(roots, gradients)
     for name, value in zip(phase.reads, graph.inputs, strict=True):
-        _add(found, name, [t.grad if isinstance(t, Tensor) else None for t in _elements(value)])
+        _add(found, name, [t.grad if isinstance(t, (Tensor, _Slot)) else None for t in _elements(value)])
 
 
 def _add(found: dict[str, Gradients], name: str, gradients: Gradients) -> None:
@@ -309,6 +313,42 @@ def _leaves(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_leaves(v) for v in value)
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+class _Slot:
+    """Gets the gradient of a tensor that entered a phase, whose numbers it does not keep alive."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+
+
+class _Enter(torch.autograd.Function):
+    """Where a phase's graph begins. A leaf would do, but its graph holds a leaf whether anybody needs its numbers in
+    backward or not: the rows of experts in BF16, say, beside the FP8 copy that is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, slot: _Slot, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.slot = slot
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        ctx.slot.grad = dy
+        return None, None, None
+
+
+def _enter(value: Any) -> tuple[Any, Any]:
+    """A value as the beginning of a graph, and what gets its gradient."""
+    if isinstance(value, tuple):
+        entered, slots = zip(*map(_enter, value), strict=True) if value else ((), ())
+        return entered, slots
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value.detach() if isinstance(value, Tensor) else value, None
+    slot = _Slot()
+    anchor = torch.empty(0, requires_grad=True)  # makes a graph of it; gets no gradient
+    return _Enter.apply(slot, anchor, value.detach()), slot
 
 
 def _wanting(value: Any) -> Any:

@@ -51,7 +51,8 @@ def test_a_row_brings_what_was_put_in(wire, hidden, k, dtype):
     assert back.weights_of(rows := back.write(x, weights)).equal(weights)
     assert back.payload(rows).equal(rounded(x, wire))
     source = torch.tensor([3, 0, 3, 4])
-    for some in (layout.write(x, weights, experts, origin, source), layout.writer(x, weights, experts, origin)(source)):
+    for some in (layout.write(x, weights, experts, origin, source),
+                 *(layout.writer(x, weights, experts, origin, copies=copies)(source) for copies in (4, 100))):
         assert layout.payload(some).equal(rounded(x, wire)[source])
         for part, given in ((layout.weights_of, weights), (layout.experts_of, experts), (layout.origin_of, origin)):
             assert part(some).equal(given[source])

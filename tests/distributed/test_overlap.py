@@ -67,6 +67,8 @@ def section(dispatch: str = "model", recompute: tuple[str, ...] = (), **experts:
 
 BOTH = ("attention", "mlp")
 #          P  D  EP
+FP8 = {"fp8": {"enabled": True}}
+
 CASES = [
     Case(2, 1, 1, dropout=0.1, steps=3, section=section()),
     Case(2, 2, 2, dropout=0.1, steps=3, section=section("bf16")),
@@ -81,6 +83,9 @@ CASES = [
     Case(4, 2, 2, dropout=0.1, steps=3, section=section("fp8", ("attention",)), micro_batches=8,
          schedule="dualpipe_zb"),
     Case(2, 2, 2, dropout=0.1, steps=3, section=section("model"), schedule="wave", chunks=2, micro_batches=4),
+    Case(2, 2, 2, dropout=0.1, steps=2, section=section("fp8", BOTH) | FP8),
+    Case(2, 4, 4, dropout=0.1, steps=2, micro_batches=6,
+         section=section("fp8", ("mlp",), ranks_per_node=2, two_hop=True, dispatch_chunks=2) | FP8),
 ]
 SLOW = [Case(4, 4, 4, dropout=0.1, steps=2, section=section(dispatch, recompute), micro_batches=10)
         for dispatch in ("model", "bf16", "fp8") for recompute in ((), BOTH)]
@@ -127,15 +132,18 @@ def test_taking_turns_changes_nothing_on_sixteen_ranks(case: Case) -> None:
 
 @pytest.mark.parametrize("dispatch", ["model", "fp8"])
 def test_recomputation_changes_nothing(dispatch: str, pool4: WorkerPool) -> None:
-    case = Case(2, 2, 2, dropout=0.1, steps=3, section=section(dispatch))
+    fp8 = FP8 if dispatch == "fp8" else {}
+    case = Case(2, 2, 2, dropout=0.1, steps=3, section=section(dispatch) | fp8)
     plain = pool4.run(train, case)[0]
     for recompute in (("attention",), ("mlp",), BOTH):
-        same(pool4.run(train, replace(case, section=section(dispatch, recompute)))[0], plain)
+        same(pool4.run(train, replace(case, section=section(dispatch, recompute) | fp8))[0], plain)
 
 
 @pytest.mark.parametrize("dispatch", ["model", "fp8"])
 def test_chunks_of_experts_change_nothing(dispatch: str, pool4: WorkerPool) -> None:
-    case = Case(2, 2, 2, dropout=0.1, steps=3, section=section(dispatch))
+    fp8 = FP8 if dispatch == "fp8" else {}
+    case = Case(2, 2, 2, dropout=0.1, steps=3, section=section(dispatch) | fp8)
     plain = pool4.run(train, case)[0]
     for chunks, recompute in ((2, ()), (4, BOTH)):
-        same(pool4.run(train, replace(case, section=section(dispatch, recompute, dispatch_chunks=chunks)))[0], plain)
+        changed = section(dispatch, recompute, dispatch_chunks=chunks) | fp8
+        same(pool4.run(train, replace(case, section=changed))[0], plain)

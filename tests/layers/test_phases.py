@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.layers.phases import Phase, check_phases, results, whole
+from tests.pipeline.fake_layers import Gather, Log, Scatter
 
 
 def phase(reads: Any, writes: Any, name: str = "mlp") -> Phase:
@@ -23,6 +25,17 @@ def test_what_can_be_run() -> None:
     check_phases([phase(("x",), ("x",))], "layer")
 
 
+TOKENS = Scatter.reads[0]
+SCATTER, GATHER = Scatter(Log(), 2), Gather(Log(), 2)
+
+
+def again(exchange: Any) -> Any:
+    """The same communication once more, under another name."""
+    other = copy.copy(exchange)
+    other.writes = (("more",),)
+    return other
+
+
 @pytest.mark.parametrize("phases, text", [
     (None, "must be a list of Phase and Exchange"), ([], "at least one"), (iter(GOOD), "must be a list"),
     ([phase(("x",), ("h",)), phase(("h",), ("y",))], r"phase 1, 'mlp', must have \"x\" among them"),
@@ -31,6 +44,9 @@ def test_what_can_be_run() -> None:
     ([phase(("x",), ()), phase(("x",), ("x",))], "must write something"),
     ([phase(("x",), ("h",)), phase(("x",), ("h",)), phase(("h",), ("x",))], "'h': in phase 1, .* a second time"),
     ([phase(("x",), ("x",)), phase(("x",), ("x",))], "'x': in phase 0, .* before the last phase"),
+    ([phase(("x",), TOKENS), SCATTER, phase(("rows.0",), ("x",))], r"'rows.1', .*in phase 1, 'scatter', is a group"),
+    ([phase(("x",), TOKENS), SCATTER, phase(("rows.0", "rows.1"), ("results.0", "results.1")), GATHER, again(GATHER),
+      phase(("mixed", "more"), ("x",))], "'results.0': in phase 4, 'gather', is kept for backward by an exchange"),
 ], ids=str)
 def test_what_cannot(phases: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as error:

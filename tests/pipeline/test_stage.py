@@ -5,7 +5,6 @@ fake_layers.py.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_ext.layers.phases import Passage, Phase, whole
 from megatron_ext.pipeline import executor
@@ -425,23 +425,28 @@ def test_recomputed_phases_keep_their_inputs_only(recompute: tuple[str, ...], ke
     assert block.alive() == set(), "nothing is left after the backward"
 
 
-def test_what_no_later_phase_reads_is_let_go_at_once() -> None:
-    """Not when the layer ends: rows and results of experts are the largest tensors there are."""
-    made: dict[str, weakref.ref[Tensor]] = {}
+@pytest.mark.parametrize("training", [True, False])
+def test_what_no_later_phase_reads_is_let_go_at_once(training: bool) -> None:
+    """Not when the layer ends, nor after backward: rows and results of experts are the largest tensors there are."""
+    alive: dict[str, StorageWeakRef] = {}
 
-    def step(name: str) -> Callable[..., Tensor]:
+    def last(_: Passage, x: Tensor) -> Tensor:
+        assert alive["a"].expired() and not alive["b"].expired()
+        return x + 1
+
+    def noted(name: str) -> Callable[..., Tensor]:
         def call(_: Passage, x: Tensor) -> Tensor:
-            made[name] = weakref.ref(y := x + 1)
+            alive[name] = StorageWeakRef((y := x + 1).untyped_storage())
             return y
         return call
 
-    def last(_: Passage, x: Tensor) -> Tensor:
-        assert made["a"]() is None and made["b"]() is x
-        return x + 1
-
-    phases = [Phase("attention", ("x",), ("a",), step("a")), Phase("mlp", ("a",), ("b",), step("b")),
+    phases = [Phase("attention", ("x",), ("a",), noted("a")), Phase("mlp", ("a",), ("b",), noted("b")),
               Phase("sum", ("b",), ("x",), last)]
-    drive(StageRun([StageLayer(phases, 0)], KEY, False).forward(rows()))
+    run = StageRun([StageLayer(phases, 0)], KEY, training)
+    y = drive(run.forward(rows()))
+    assert alive["b"].expired(), "nothing that was added up is needed again"
+    if training:
+        assert drive(run.backward([torch.ones_like(y)], torch.autograd.backward))[0].equal(torch.ones_like(y))
 
 
 def test_evaluation_keeps_nothing() -> None:
