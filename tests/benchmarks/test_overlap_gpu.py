@@ -1,4 +1,4 @@
-"""The pair on one GPU, for its function on a CPU: the stand-in moves what it is given, and both orders learn the same."""
+"""The pair on one GPU, for its function on a CPU: copies bring what they are given, both orders learn the same."""
 
 from __future__ import annotations
 
