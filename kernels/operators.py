@@ -120,7 +120,7 @@ def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, power_of_two: bool = 
 
 def _pack(x: Tensor, *, backend: str = AUTO) -> tuple[Tensor, ...]:
     rows, columns = x.shape
-    high, low = (empty_data((rows, width), torch.uint8, x.device) for width in (columns, -(-columns // 2)))
+    high, low = (x.new_empty(rows, width, dtype=torch.uint8) for width in (columns, -(-columns // 2)))
     return high, low, empty_tiles(rows, tile_count(columns), x.device)
 
 

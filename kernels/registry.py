@@ -54,6 +54,8 @@ class Implementation:
     backend: str
     module: str
     usable: Callable[..., bool]
+    by_name_only: Callable[..., bool] = lambda *args: False
+    """Where it is usable only if it was named: Triton's interpreter on a CPU."""
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -104,7 +106,7 @@ class Registry:
                 raise self._refusal(operator, args, backend, "there is no backend of that name")
             choices = tuple(i for i in choices if i.backend == backend) or choices
         for implementation in choices:
-            if implementation.usable(*args):
+            if implementation.usable(*args) and (backend != AUTO or not implementation.by_name_only(*args)):
                 return implementation
         raise self._refusal(operator, args, backend, f"this backend cannot run {operator} on {_describe(args)}")
 
@@ -129,6 +131,11 @@ def _tensor(args: Iterable[Any]) -> Tensor | None:
 def _on_compiled_cpu(*args: Any) -> bool:
     first = _tensor(args)
     return first is not None and first.device.type == "cpu" and library.load() is not None
+
+
+def _on_cpu(*args: Any) -> bool:
+    first = _tensor(args)
+    return first is None or first.device.type == "cpu"
 
 
 def _anywhere(*args: Any) -> bool:
@@ -186,7 +193,7 @@ def _implementations() -> Iterator[Implementation]:
             for backend, (folder, available, own) in _FOR_GPUS.items():
                 if own is None or operator in own:
                     usable = _optional(_PACKAGE + available, operator)
-                    yield Implementation(operator, backend, f"{_PACKAGE}{folder}.{file}", usable)
+                    yield Implementation(operator, backend, f"{_PACKAGE}{folder}.{file}", usable, _on_cpu)
             yield Implementation(operator, "cpu", f"{_PACKAGE}cpu.{file}", _on_compiled_cpu)
             yield Implementation(operator, "reference", f"{_PACKAGE}reference.{file}", _anywhere)
 
@@ -212,6 +219,9 @@ def check_backend(backend: str, device: torch.device) -> None:
     Raises:
         BackendError: there is no such backend, it is for other devices, or this machine lacks it.
     """
+    if backend == AUTO and device.type == "cuda":
+        for name in _FOR_GPUS:  # loads kernels now, not in the first step or within a CUDA graph
+            why_not(name)
     if backend in (AUTO, "reference"):
         return
     if backend not in OPERATORS.backends:

@@ -34,7 +34,7 @@ def swiglu_quantize(
         kernel(gate.data_ptr(), up.data_ptr(), is_bf16(gate), is_bf16(up), data.data_ptr(), scale.data_ptr(),
                first, last, columns, format == "e5m2", power_of_two, portable)  # fmt: skip
 
-    in_chunks(tokens, GRAIN // columns, body)
+    in_chunks(tokens, GRAIN // max(columns, 1), body)
     return data, scale
 
 
@@ -83,5 +83,5 @@ def rms_norm_quantize(
         kernel(x.data_ptr(), is_bf16(x), weight.data_ptr(), eps, data.data_ptr(), scale.data_ptr(), rstd.data_ptr(),
                first, last, columns, format == "e5m2", power_of_two, portable)  # fmt: skip
 
-    in_chunks(rows, GRAIN // columns, body)
+    in_chunks(rows, GRAIN // max(columns, 1), body)
     return data, scale, rstd

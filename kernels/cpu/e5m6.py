@@ -26,7 +26,7 @@ def pack_e5m6(x: Tensor, *, portable: bool = False) -> tuple[Tensor, Tensor, Ten
         kernel(x.data_ptr(), is_bf16(x), high.data_ptr(), low.data_ptr(), scale.data_ptr(), first, last, columns,
                portable)  # fmt: skip
 
-    in_chunks(rows, GRAIN // columns, body)
+    in_chunks(rows, GRAIN // max(columns, 1), body)
     return high, low, scale
 
 
@@ -40,5 +40,5 @@ def unpack_e5m6(high: Tensor, low: Tensor, scale: Tensor, *, portable: bool = Fa
     def body(first: int, last: int) -> None:
         kernel(*(t.data_ptr() for t in (high, low, scale, x)), first, last, columns, portable)
 
-    in_chunks(rows, GRAIN // columns, body)
+    in_chunks(rows, GRAIN // max(columns, 1), body)
     return x

@@ -79,6 +79,8 @@ def in_chunks(count: int, grain: int, body: Callable[[int, int], None]) -> None:
         grain: the fewest units worth a thread of their own; about a millisecond of work.
         body: called once a chunk; releases the GIL while it works, as a ctypes call does.
     """
+    if not count:
+        return
     threads = max(1, min(torch.get_num_threads(), count // max(grain, 1)))
     if threads == 1:
         body(0, count)

@@ -58,7 +58,7 @@ def quantize(
             kernel(x.data_ptr(), is_bf16(x), data.data_ptr(), scale.data_ptr(), first, last, columns,
                    format == "e5m2", power_of_two, portable)  # fmt: skip
 
-        in_chunks(x.numel() // columns, GRAIN // columns, body)
+        in_chunks(x.numel() // columns, GRAIN // max(columns, 1), body)
     return data, scale
 
 

@@ -28,7 +28,7 @@ def permute_quantize(
         kernel(x.data_ptr(), is_bf16(x), source.data_ptr(), data.data_ptr(), scale.data_ptr(), first, last, columns,
                format == "e5m2", power_of_two, portable)  # fmt: skip
 
-    in_chunks(len(source), GRAIN // columns, body)
+    in_chunks(len(source), GRAIN // max(columns, 1), body)
     return data, scale
 
 
@@ -44,7 +44,7 @@ def quantize_rows(x: Tensor, source: Tensor, rows: Tensor, *, portable: bool = F
         kernel(x.data_ptr(), is_bf16(x), source.data_ptr(), rows.data_ptr(), scratch.data_ptr(), first, last, columns,
                rows.stride(0), portable)  # fmt: skip
 
-    in_chunks(len(source), GRAIN // columns, body)
+    in_chunks(len(source), GRAIN // max(columns, 1), body)
 
 
 def unpermute_combine(y: Tensor, weights: Tensor, rows: Tensor, *, portable: bool = False) -> Tensor:
@@ -61,7 +61,7 @@ def unpermute_combine(y: Tensor, weights: Tensor, rows: Tensor, *, portable: boo
         kernel(y.data_ptr(), is_bf16(y), weights.data_ptr(), rows.data_ptr(), out.data_ptr(), first, last, columns, k,
                portable)  # fmt: skip
 
-    in_chunks(tokens, GRAIN // (columns * max(k, 1)), body)
+    in_chunks(tokens, GRAIN // max(columns * k, 1), body)
     return out
 
 

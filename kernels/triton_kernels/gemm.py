@@ -194,7 +194,7 @@ def _launch_gemm(
 ) -> None:
     """b is a stack [E, N, K]; E is 1 without groups."""
     (rows, k), (_, n, _) = a.shape, b.shape
-    if not a.numel():  # nothing to add, or nothing to write; TMA has no empty matrices
+    if not a.numel() or not b.numel():  # nothing to add, or nothing to write; TMA has no empty matrices
         if not add:
             out.zero_()
         return

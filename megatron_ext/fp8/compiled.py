@@ -1,10 +1,11 @@
 """The FP8 layers as torch.library operators with autograd, for code that torch.compile traces without a break.
 
-`torch.ops.megatron_ext.linear` and `.swiglu` have faces in the model's dtype and compute what `fp8.linear`,
-`fp8.grouped_linear` and `fp8.swiglu` compute, to the bit; those call them while they are traced. What is kept for
-backward comes out as results of its own, FP8 numbers as uint8, which nobody differentiates. Weights are quantised at
-each call, for a cache is state that a graph cannot hold, and their gradients come through autograd: a sink is of the
-pipeline, which does not trace. Activations are always cached in FP8 here: a result must not be an argument.
+`torch.ops.megatron_ext.linear` and `.swiglu`, which importing this file defines, have faces in the model's dtype and
+compute what `fp8.linear`, `fp8.grouped_linear` and `fp8.swiglu` compute, to the bit; those call them while they are
+traced. What is kept for backward comes out as results of its own, FP8 numbers as uint8, which nobody differentiates.
+Weights are quantised at each call, for a cache is state that a graph cannot hold, and their gradients come through
+autograd: a sink is of the pipeline, which does not trace. Activations are always cached in FP8 here: a result must not
+be an argument.
 
 Shape letters: T rows, K and N columns, E experts; for swiglu h and I as in swiglu.py.
 """
@@ -69,6 +70,7 @@ def _linear_backward(dy: Tensor, weight: Tensor, bias: Tensor | None, kept: list
     precision = Precision(fp8=True, backend=backend)
     kept = kept if cache == "e5m6" else _as_fp8(kept)
     needed = needs[0], needs[1], needs[2]
+    weight, bias = weight.detach(), None if bias is None else bias.detach()  # without a sink, if they have one
     return _sized(linear_backward(dy, weight, bias, kept, needed, _on_host_of_cpu(group_sizes), precision), dy)
 
 
@@ -104,7 +106,7 @@ torch.library.register_autograd(f"{NAMESPACE}::linear", _linear_autograd, setup_
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, backend: str, cache: Cache) -> Tensor:
     """[T, K] -> [T, N]; see `fp8.linear`."""
-    sizes = torch.tensor(groups, device=x.device) if isinstance(groups, list) else groups
+    sizes = groups if groups is None or isinstance(groups, Tensor) else torch.tensor(groups, device=x.device)
     return torch.ops.megatron_ext.linear(x, weight, bias, sizes, cache, backend)[0]
 
 
@@ -123,19 +125,19 @@ def _swiglu_fake(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, group_sizes:
                  backend: str) -> tuple[Tensor, list[Tensor]]:
     inner = x.new_empty(x.shape[0], gate.shape[-2])
     kept = [t for source in (x, inner, inner) for t in torch.ops.megatron_ext.quantize(source, TILE, True)]
-    return torch.empty_like(x), _as_bytes(tuple(kept))
+    return x.new_empty(x.shape), _as_bytes(tuple(kept))
 
 
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, down: Tensor, kept: list[Tensor],
                      group_sizes: Tensor | None, needs: list[bool], backend: str) -> list[Tensor]:
     precision = Precision(fp8=True, backend=backend)
-    return _sized(swiglu_backward(dy, (gate, up, down), _as_fp8(kept), needs, _on_host_of_cpu(group_sizes), precision),
-                  dy)
+    weights = gate.detach(), up.detach(), down.detach()  # without a sink, if they have one
+    return _sized(swiglu_backward(dy, weights, _as_fp8(kept), needs, _on_host_of_cpu(group_sizes), precision), dy)
 
 
 def _swiglu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor, down: Tensor, kept: list[Tensor],
                           group_sizes: Tensor | None, needs: list[bool], backend: str) -> list[Tensor]:
-    return _sized([torch.empty_like(t) if need else None
+    return _sized([t.new_empty(t.shape) if need else None
                    for need, t in zip(needs, (dy, gate, up, down), strict=True)], dy)
 
 
@@ -160,5 +162,5 @@ torch.library.register_autograd(f"{NAMESPACE}::swiglu", _swiglu_autograd, setup_
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, groups: Groups, backend: str) -> Tensor:
     """[T, h] -> [T, h]; see `fp8.swiglu`."""
-    sizes = torch.tensor(groups, device=x.device) if isinstance(groups, list) else groups
+    sizes = groups if groups is None or isinstance(groups, Tensor) else torch.tensor(groups, device=x.device)
     return torch.ops.megatron_ext.swiglu(x, gate, up, down, sizes, backend)[0]

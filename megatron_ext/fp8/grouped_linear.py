@@ -107,17 +107,17 @@ def check_groups(x: Tensor, group_sizes: Sequence[int] | Tensor, weight: Tensor)
     rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {x.shape[0]}"
     if len(group_sizes) != weight.shape[0]:
         raise ConfigError("group_sizes", list(group_sizes), rule)
-    if isinstance(group_sizes, Tensor) and group_sizes.is_cuda:
+    if isinstance(group_sizes, Tensor) and (group_sizes.is_cuda or torch.compiler.is_compiling()):
         return
     groups = host_sizes(group_sizes)
     if sum(groups) != x.shape[0] or min(groups, default=0) < 0:
         raise ConfigError("group_sizes", groups, rule)
 
 
-def sizes_on(group_sizes: Sequence[int] | Tensor, device: torch.device) -> list[int] | Tensor:
+def sizes_on(group_sizes: Sequence[int] | Tensor, device: torch.device) -> Any:
     """Group sizes where kernels read them: a list for a CPU, an int64 tensor on a GPU, without waiting for it."""
     if device.type != "cuda":
-        return host_sizes(group_sizes)
+        return group_sizes if torch.compiler.is_compiling() else host_sizes(group_sizes)
     if isinstance(group_sizes, Tensor):
         return group_sizes.to(device, torch.int64)
     # From pageable memory the copy would wait for the device.

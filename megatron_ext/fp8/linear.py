@@ -45,6 +45,9 @@ def _weight_operands(weight: Tensor, precision: Precision) -> Any:
     backend = precision.backend
 
     def build() -> Any:
+        if weight.is_cuda:  # every backend there multiplies by bytes, and wants both orientations contiguous
+            data, scale, data_t, scale_t = call("quantize_weight", weight.detach(), backend=backend)
+            return (data, scale), (data_t, scale_t)
         data, scale = call("quantize", weight.detach(), WEIGHT_BLOCK, backend=backend)
         return call("weight_operands", data, scale, backend=backend)
 
@@ -68,7 +71,12 @@ def _product(a8: Pair, operand: Any, groups: Groups, dtype: torch.dtype, backend
 
 
 def accumulate_weight_gradient(main_grad: Tensor, dy8_NT: Pair, x8_KT: Pair, groups: Groups, backend: str) -> None:
-    """main_grad [N, K] or [E, N, K] += dy^T x, both operands in tiles along the tokens."""
+    """main_grad [N, K] or [E, N, K] += dy^T x, both operands in tiles along the tokens; summed in FP32."""
+    if main_grad.dtype != torch.float32:  # of an FP64 parameter
+        total = torch.zeros_like(main_grad, dtype=torch.float32)
+        accumulate_weight_gradient(total, dy8_NT, x8_KT, groups, backend)
+        main_grad.add_(total)
+        return
     if groups is None:
         call("gemm_nt", *dy8_NT, *x8_KT, main_grad, backend=backend)
     else:
@@ -80,14 +88,16 @@ class QuantizedInput:
     """The input of several layers: itself, for autograd, and the one FP8 copy that all of them multiply and keep.
 
     Attributes:
-        x: [..., K] in the model's dtype; no layer keeps it. From `rms_norm_input` it has a shape and a gradient only.
+        x: [..., K] in the model's dtype; no layer keeps it.
         data: [T, K] float8_e4m3fn.
         scale: [T, ceil(K / 128)] FP32, powers of two.
+        placeholder: whether x, from `rms_norm_input`, has a shape and a gradient and no numbers.
     """
 
     x: Tensor
     data: Tensor
     scale: Tensor
+    placeholder: bool = False
 
 
 def quantize_input(x: Tensor | QuantizedInput, precision: Precision | None) -> Tensor | QuantizedInput:
@@ -100,6 +110,20 @@ def quantize_input(x: Tensor | QuantizedInput, precision: Precision | None) -> T
         return x
     x_TK = x.detach().reshape(-1, x.shape[-1])
     return QuantizedInput(x, *call("quantize", x_TK, TILE, True, backend=precision.backend))
+
+
+def checked_input(x: Tensor | QuantizedInput, precision: Precision) -> QuantizedInput:
+    """x quantised, if it is not yet.
+
+    Raises:
+        ConfigError: what will be kept for backward is x itself, and it has no numbers.
+    """
+    operand = quantize_input(x, precision)
+    assert isinstance(operand, QuantizedInput)
+    if operand.placeholder and not precision.activation_cache:
+        raise ConfigError("precision.activation_cache", False, "the input of rms_norm_input exists in FP8 only",
+                          "normalise it with RMSNorm.forward")
+    return operand
 
 
 def linear_forward(x_TK: Tensor, weight: Tensor, bias: Tensor | None, x8: Pair, groups: Groups, precision: Precision,
@@ -228,7 +252,6 @@ def multiply(
         from megatron_ext.fp8 import compiled
 
         return compiled.linear(x.reshape(-1, x.shape[-1]), weight, bias, groups, precision.backend, cache)
-    operand = x if isinstance(x, QuantizedInput) else quantize_input(x, precision)
-    assert isinstance(operand, QuantizedInput)
+    operand = checked_input(x, precision)
     x_TK = operand.x.reshape(-1, operand.x.shape[-1])
     return QuantizedLinear.apply(x_TK, weight, bias, operand.data, operand.scale, groups, precision, cache)

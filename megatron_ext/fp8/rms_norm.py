@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.fp8.linear import QuantizedInput
 from megatron_ext.fp8.operators import call
 from megatron_ext.fp8.precision import Precision
@@ -67,7 +68,14 @@ def rms_norm_input(x: Tensor, weight: Tensor, eps: float, precision: Precision) 
         precision: `fp8` and `activation_cache` are on; backend.
 
     Returns:
-        What `quantize_input` of the normalised x is, bit for bit, without its numbers in the model's dtype.
+        What `quantize_input` of the normalised x is, without its numbers in the model's dtype. (The mean of squares is
+        summed in FP64, so 1 / rms may differ from `RMSNorm.forward`'s in its last bit.)
+
+    Raises:
+        ConfigError: `fp8` or `activation_cache` is off.
     """
+    if not precision.fp8 or not precision.activation_cache:
+        raise ConfigError("precision.activation_cache", precision.activation_cache, "rms_norm_input needs it, and FP8",
+                          "normalise with RMSNorm.forward")
     y, data, scale = _QuantizedNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, precision.backend)
-    return QuantizedInput(y.view(x.shape), data, scale)
+    return QuantizedInput(y.view(x.shape), data, scale, placeholder=True)

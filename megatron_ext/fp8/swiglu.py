@@ -27,10 +27,10 @@ from megatron_ext.fp8.linear import (
     Pair,
     QuantizedInput,
     accumulate_weight_gradient,
+    checked_input,
     forward_product,
     input_gradient,
     quantize_gradient,
-    quantize_input,
     turned,
 )
 from megatron_ext.fp8.operators import call
@@ -154,8 +154,7 @@ def swiglu(x: Tensor | QuantizedInput, gate: Tensor, up: Tensor, down: Tensor,
         from megatron_ext.fp8 import compiled
 
         return compiled.swiglu(x.reshape(-1, x.shape[-1]), gate, up, down, groups, precision.backend).view(x.shape)
-    operand = quantize_input(x, precision)
-    assert isinstance(operand, QuantizedInput)
+    operand = checked_input(x, precision)
     x_Th = operand.x.reshape(-1, operand.x.shape[-1])
     y = _SwiGLU.apply(x_Th, gate, up, down, operand.data, operand.scale, groups, precision)
     return y.view(given.shape)

@@ -26,6 +26,7 @@ def deliver(parameter: Tensor, accumulate: Callable[[Tensor], object]) -> Tensor
     if sink is not None:
         sink(parameter, accumulate)
         return None
-    grad = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    grad = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32),
+                            memory_format=torch.contiguous_format)
     accumulate(grad)
     return grad.to(parameter.dtype)

@@ -10,7 +10,7 @@ registry joins, marked `gpu`; where one says that it cannot run on the arguments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_ext.kernels.cpu import e5m6 as cpu_e5m6
 from megatron_ext.kernels.cpu import gemm as cpu_gemm
 from megatron_ext.kernels.cpu import quantize as cpu_quantize
 from megatron_ext.kernels.cpu import rows as cpu_rows
+from megatron_ext.kernels.layout import empty_blocks, empty_data, empty_tiles
 from megatron_ext.kernels.reference import activation, e5m6, gemm, quantize, rows
 from megatron_ext.kernels.registry import OPERATORS
 
@@ -71,13 +72,38 @@ def _from(files: dict[str, Any], names: Iterable[str] = FILES, **options: Any) -
     }
 
 
+def laid_out(values: Sequence[Any], device: torch.device, gpu: bool | None = None) -> list[Any]:
+    """Arguments on a device as kernels there get them: numbers and scales in its layout, group sizes as a tensor.
+
+    A scale is the FP32 tensor behind one of FP8; a list of numbers is group sizes.
+    """
+    found: list[Any] = []
+    for before, value in zip([None, *values], values):  # noqa: B905
+        if isinstance(value, list) and all(isinstance(n, int) for n in value):
+            value = torch.tensor(value, dtype=torch.int64)
+        if not isinstance(value, Tensor):
+            found.append(value)
+        elif value.element_size() == 1 and value.dtype != torch.uint8:
+            new = empty_data(value.shape, value.dtype, device, gpu=gpu)
+            new.view(torch.uint8).copy_(value.view(torch.uint8))
+            found.append(new)
+        elif isinstance(before, Tensor) and before.element_size() == 1 and before.dtype != torch.uint8:
+            tiles = value.shape[-2] == before.shape[-2]
+            new = empty_tiles(*value.shape, device, gpu=gpu) if tiles and value.dim() == 2 else empty_blocks(
+                value.shape[:-2], *value.shape[-2:], device, gpu=gpu)
+            found.append(new.copy_(value))
+        else:
+            found.append(value.to(device))
+    return found
+
+
 def _on_gpu(operator: str, name: str) -> Callable[..., Any]:
     """Runs a backend's operator on a CUDA device; what it writes in place is written to the caller's tensors."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        there = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in enumerate(args)}
+        moved = laid_out(args, torch.device("cuda"))
+        there = dict(enumerate(moved))
         there |= {key: value.cuda() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-        moved = [there[i] for i in range(len(args))]
         if name not in OPERATORS.available(operator, *moved):
             pytest.skip(f"{name} does not run {operator} on these arguments")
         result = OPERATORS.select(operator, *moved, backend=name).function(*moved, **{k: there[k] for k in kwargs})

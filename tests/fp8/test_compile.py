@@ -112,6 +112,8 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "bias": (lambda x, w, b: fp8.linear(x, w, b, precision=QUANTISED), [(N, K), (N,)]),
     "e5m6": (lambda x, w: fp8.linear(x, w, precision=QUANTISED, cache="e5m6"), [(N, K)]),
     "grouped": (lambda x, w: fp8.grouped_linear(x, SIZES, w, precision=QUANTISED), [(3, N, K)]),
+    "grouped by a tensor": (lambda x, w: fp8.grouped_linear(x, torch.tensor(SIZES), w, precision=QUANTISED),
+                            [(3, N, K)]),
     "swiglu": (lambda x, *w: fp8.swiglu(x, *w, precision=QUANTISED), [(N, K), (N, K), (K, N)]),
     "experts": (lambda x, *w: fp8.swiglu(x, *w, SIZES, precision=QUANTISED), [(3, N, K), (3, N, K), (3, K, N)])}
 
@@ -159,3 +161,30 @@ def test_what_is_kept_while_tracing_is_fp8() -> None:
     assert sum(t.nbytes for t in kept if t.dtype != torch.bfloat16) == 64 * (256 + 2 * 4)
     assert not any(t.shape == x.shape and t.dtype == torch.bfloat16 for t in kept)
     assert operators.NAMESPACE == "megatron_ext"
+
+
+@pytest.mark.parametrize("name", ["bias", "swiglu"])
+def test_a_sink_takes_nothing_of_a_traced_layer(name: str) -> None:
+    torch._dynamo.reset()
+    function, shapes = LAYERS[name]
+    inputs = [torch.randn(T, K).bfloat16().requires_grad_(), *weights(*shapes)]
+    expected, taken = results(function, *inputs), []
+    for parameter in inputs[1:]:
+        parameter.weight_grad_sink = lambda *_: taken.append(1)
+    traced = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(traced, *inputs), expected, strict=True):
+        assert torch.equal(a, b)
+    assert not taken
+
+
+@pytest.mark.parametrize("columns", [1, 130, 200, 7168])
+def test_fakes_have_the_strides_of_a_gpu(columns: int) -> None:
+    """What the kernels of a GPU return, by layout.py, on a CPU under its layout; planes of E5M6 are dense."""
+    high, low, scale = operators._pack(torch.empty(3, columns))
+    assert high.is_contiguous() and low.is_contiguous() and scale.shape == (3, -(-columns // 128))
+
+
+def test_a_transposed_input() -> None:
+    x = torch.randn(K, T).t().requires_grad_()
+    args = (x, *(w.float() for w in weights((N, K), (N, K), (K, N))), None, "auto")
+    opcheck(OPS.swiglu, args)

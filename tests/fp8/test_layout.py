@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.kernels.cuda.operands import misfit
+from megatron_ext.kernels.deep_gemm import gemm as deep_gemm
 from megatron_ext.kernels.layout import (
     BLOCK,
     data_columns,
@@ -16,6 +18,9 @@ from megatron_ext.kernels.layout import (
     tile_count,
     token_spans,
 )
+from megatron_ext.kernels.reference.quantize import quantize, quantize_transposed
+from megatron_ext.kernels.torch_scaled import gemm as scaled_mm
+from tests.fp8.backends import laid_out
 
 CPU = torch.device("cpu")
 ROWS = st.integers(0, 20) | st.sampled_from([127, 128, 129, 4096])
@@ -73,3 +78,20 @@ def test_groups_never_share_a_tile_and_find_theirs_from_their_offset_alone(sizes
 def test_a_list_and_a_tensor_of_sizes_are_the_same() -> None:
     assert token_spans(torch.tensor([130, 0, 60])) == token_spans([130, 0, 60])
     assert [span.first_tile for span in token_spans([130, 0, 60])] == [0, 2, 3] and scale_columns(190, 3) == 4
+
+
+def test_operands_of_the_suite_are_laid_out_as_kernels_on_a_gpu_take_them() -> None:
+    """Where there is a GPU one suite runs over its backends too; what they refused, it would skip."""
+    x8, w8 = quantize(torch.randn(130, 384)), quantize(torch.randn(256, 384), (128, 128))
+    experts, sizes = quantize(torch.randn(3, 256, 384), (128, 128)), [5, 0, 125]
+    dy8, x8_t = (quantize_transposed(torch.randn(130, n), True, "e4m3", sizes) for n in (256, 384))
+    out = torch.zeros(3, 256, 384)
+    for operator, args in {"gemm_nt": (*x8, *w8), "grouped_gemm_nt": (*x8, *experts, sizes),
+                           "grouped_wgrad": (*dy8, *x8_t, sizes, out)}.items():
+        moved = laid_out(args, CPU, gpu=True)
+        assert misfit(operator, *moved) is None
+        for a, b in zip(args, moved, strict=True):
+            assert torch.tensor(a).equal(b) if isinstance(a, list) else torch.equal(a.float(), b.float())
+    assert scaled_mm.misfit(*laid_out((*quantize(torch.randn(128, 384)), *w8), CPU, gpu=True)) is None
+    x8, w8 = quantize(torch.randn(130, 512)), quantize(torch.randn(256, 512), (128, 128))  # 4 blocks: no padding
+    assert deep_gemm.misfit(*laid_out((*x8, *w8), CPU, gpu=True), None, torch.bfloat16) is None

@@ -90,6 +90,16 @@ def test_torch_s_default_dtype_is_of_no_concern(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_fp64_is_quantised_from_its_fp32_value() -> None:
+    x, weight, dy = torch.randn(7, 200), torch.randn(64, 200), torch.randn(7, 64)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        y = fp8.linear(*inputs)
+        found.append((y, *torch.autograd.grad(y, inputs, dy.to(dtype))))
+    assert all(b.dtype == torch.float64 and torch.equal(a, b.float()) for a, b in zip(*found, strict=True))
+
+
 def test_no_tokens() -> None:
     x, weight = torch.zeros(0, 3, 128, requires_grad=True), nn.Parameter(torch.randn(5, 128))
     y = fp8.linear(x, weight)

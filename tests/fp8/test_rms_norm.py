@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext import fp8
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.layers.norm import RMSNorm
 
 QUANTISED = fp8.Precision(fp8=True)
@@ -37,7 +38,7 @@ def test_it_is_the_norm_quantised(h: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_torch(dtype: torch.dtype, quantised: bool) -> None:
     if quantised and dtype == torch.float64:
-        pytest.skip("FP8 layers take FP32 and below")
+        pytest.skip("rms_norm_input takes FP32 and below")
     layer, x = norm(200, dtype), (3 * torch.randn(2, 7, 200)).to(dtype).requires_grad_()
     dy = torch.randn(2, 7, 200).to(dtype)
     y = layer.quantized(x, QUANTISED).x if quantised else layer(x)
@@ -70,3 +71,14 @@ def test_the_layers_behind_send_their_gradient_through() -> None:
 
     for a, b in zip(grads(layer.quantized(x, QUANTISED)), grads(layer(x)), strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+def test_what_has_no_numbers_is_not_kept() -> None:
+    layer, x, weight = norm(256, torch.float32), torch.randn(33, 256), nn.Parameter(torch.randn(64, 256))
+    plain, operand = fp8.Precision(fp8=True, activation_cache=False), layer.quantized(x, QUANTISED)
+    for refused in (lambda: fp8.linear(operand, weight, precision=plain),
+                    lambda: fp8.swiglu(operand, weight, weight, weight.t(), precision=plain),
+                    lambda: fp8.rms_norm_input(x, layer.weight, EPS, plain)):
+        with pytest.raises(ConfigError, match=r"precision\.activation_cache = False"):
+            refused()
+    assert not isinstance(layer.quantized(x, plain), fp8.QuantizedInput)
