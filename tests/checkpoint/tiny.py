@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.checkpoint.convert import Options, make_plan, named, open_checkpoint, run
 from megatron_ext.checkpoint.convert.model import Model
+from megatron_ext.checkpoint.convert.verify import verify
 from megatron_ext.fp8 import quantize
 
 Tensors = dict[str, torch.Tensor]
@@ -22,8 +24,10 @@ def config(family: str = "v3", *, q_lora: bool = True, mtp: int = 0, tied: bool 
     values: dict[str, Any] = {
         "architectures": [f"Deepseek{family.upper()}ForCausalLM"], "model_type": f"deepseek_{family}",
         "vocab_size": 48, "hidden_size": 256 if wide else 32, "intermediate_size": 512 if wide else 24,
-        "moe_intermediate_size": 256 if wide else 12, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "moe_intermediate_size": 256 if wide else 12, "num_hidden_layers": layers,
+        "num_attention_heads": 8 if wide else 4,
+        "num_key_value_heads": 8 if wide else 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 2 if wide else 1,
         "kv_lora_rank": 512 if wide else 16, "q_lora_rank": (200 if wide else 20) if q_lora else None,
         "qk_nope_head_dim": 64 if wide else 8, "qk_rope_head_dim": 64 if wide else 4, "v_head_dim": 64 if wide else 8,
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": dense, "tie_word_embeddings": tied,
@@ -105,3 +109,12 @@ def equal(a: Tensors, b: Tensors) -> bool:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def convert(source: Path, destination: Path, to: str, dtype: str | None = None, workers: int = 1,
+            **options: Any) -> Path:
+    """Converts and verifies."""
+    plan = make_plan(open_checkpoint(source), named(to), Options(**options), dtype)
+    run(plan, destination, workers)
+    verify(plan, destination)
+    return destination

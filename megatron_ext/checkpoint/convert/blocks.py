@@ -1,6 +1,6 @@
 """Any box of any canonical tensor, in any dtype, out of the files of a source; in bounded memory.
 
-A target tensor is produced in blocks of whole rows, at most `BLOCK_BYTES` each and in the order of its bytes. A block
+A target tensor is produced in blocks of whole rows, some `BLOCK_BYTES` each and in the order of its bytes. A block
 asks for the boxes of canonical tensors that it consists of; those are read from the pieces of the source that hold
 them, and cast, quantised or dequantised on the way. Only a permuting view needs its canonical tensor whole.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,14 +36,15 @@ from megatron_ext.checkpoint.convert.tensors import (
 )
 from megatron_ext.config.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 24
-_SLAB = 1 << 20
+BLOCK_BYTES = 1 << 22
+MAX_BLOCKS = 4
+"""How many times larger a block may be, so that 128 rows are in one."""
+_SLAB = 1 << 18
 """Numbers that are quantised at a time: few enough for the caches."""
 _SMALL_RUN = 1 << 14
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a canonical tensor of the target is made.
 
     Attributes:
@@ -349,9 +350,9 @@ def _flat_piece(piece: Piece, canonical: Shape) -> tuple[int, int, int] | None:
 
 
 def blocks_of(shape: Shape, size: int) -> Iterator[Box]:
-    """Boxes that cover a tensor in row-major order, each one run of at most `BLOCK_BYTES` bytes.
+    """Boxes that cover a tensor in row-major order, each one run of about `BLOCK_BYTES` bytes at most.
 
-    Cuts are at multiples of 128 where that fits, so that no block of FP8 numbers is seen twice.
+    Cuts are at multiples of 128 unless that is too much, so that no block of FP8 numbers is seen twice.
     """
     cut = 0  # the first dimension of which one step is small enough
     while cut < len(shape) - 1 and math.prod(shape[cut + 1:]) * size > BLOCK_BYTES:
@@ -361,8 +362,10 @@ def blocks_of(shape: Shape, size: int) -> Iterator[Box]:
     if not shape:
         yield ()
         return
-    step = max(1, BLOCK_BYTES // max(1, math.prod(shape[cut + 1:]) * size))
-    step = step // BLOCK * BLOCK or step
+    row = math.prod(shape[cut + 1:]) * size
+    step = max(1, BLOCK_BYTES // row)
+    if step >= BLOCK or BLOCK * row <= MAX_BLOCKS * BLOCK_BYTES:
+        step = max(BLOCK, step // BLOCK * BLOCK)
     for lead in np.ndindex(shape[:cut]):
         for start in range(0, shape[cut], step):
             yield (*((i, i + 1) for i in lead), (start, min(start + step, shape[cut])), *whole(shape[cut + 1:]))

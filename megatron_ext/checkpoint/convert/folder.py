@@ -104,6 +104,11 @@ class Folder:
             return "does not exist", None, None
         return f"cannot be read: {error.strerror}", None, None
 
+    def check(self, name: str) -> None:
+        """Raises what `read` would, without reading."""
+        if (size := self.size(name)) > MAX_JSON:
+            raise CheckpointError(self.path / name, f"has {size} bytes", f"at most {MAX_JSON} are read")
+
     def read(self, name: str, limit: int = MAX_JSON) -> bytes:
         """The content of a small file.
 

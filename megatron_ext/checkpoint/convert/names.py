@@ -14,6 +14,7 @@ two norms and projection, and `embed_tokens` and `shared_head.head`, which are c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SCALE = "_scale_inv"
 """What follows the name of an FP8 weight in the name of its scales."""
@@ -92,8 +93,7 @@ MTP_LAST = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Canonical:
+class Canonical(NamedTuple):
     """A tensor of the canonical model.
 
     Attributes:

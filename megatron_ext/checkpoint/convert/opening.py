@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ext.checkpoint.convert import formats, safetensors_io
 from megatron_ext.checkpoint.convert.folder import Folder, check_name, parse_json
 from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST, Source, assemble
-from megatron_ext.checkpoint.convert.tensors import Stored, renamed
+from megatron_ext.checkpoint.convert.tensors import Stored, many_objects, renamed
 from megatron_ext.config.errors import CheckpointError
 
 _SUM = re.compile(r"[0-9a-f]{64}")
@@ -30,11 +30,12 @@ def open_checkpoint(path: Path | str, format: str | None = None, config: Path | 
     """
     folder = Folder(Path(path), follow_links)
     adapter = formats.detect(folder) if format is None else formats.named(format)
-    reading = adapter.read(folder, None if config is None else _given(Path(config)))
-    facts = _facts(folder)
-    beside = _carried(folder, facts)
-    digests = _digests(folder, {stored.file for stored in reading.stored + beside})
-    return assemble(folder, adapter.name, reading, beside, facts, digests)
+    with many_objects():
+        reading = adapter.read(folder, None if config is None else _given(Path(config)))
+        facts = _facts(folder)
+        beside = _carried(folder, facts)
+        digests = _digests(folder, {stored.file for stored in reading.stored + beside})
+        return assemble(folder, adapter.name, reading, beside, facts, digests)
 
 
 def _given(path: Path) -> dict[str, Any]:

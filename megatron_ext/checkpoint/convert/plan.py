@@ -11,11 +11,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.checkpoint.convert import names, safetensors_io
-from megatron_ext.checkpoint.convert.blocks import BLOCK_BYTES, Recipe
+from megatron_ext.checkpoint.convert.blocks import BLOCK_BYTES, MAX_BLOCKS, Recipe
 from megatron_ext.checkpoint.convert.formats import Format
 from megatron_ext.checkpoint.convert.formats.layout import CONFIG, Layout, Options
 from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST, Check, Source, entries, row_of
@@ -24,6 +24,7 @@ from megatron_ext.checkpoint.convert.tensors import (
     Entry,
     Stored,
     TargetFile,
+    many_objects,
     renamed,
     volume,
 )
@@ -82,7 +83,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """The most that a worker holds at a time, beside its baseline, in bytes."""
-        needed = 4 * BLOCK_BYTES
+        needed = 4 * MAX_BLOCKS * BLOCK_BYTES  # read, computed, cut, written
         for recipe in self.recipes.values():
             if any(part.view is not None and not part.view.in_order for _, part in recipe.origin.pieces):
                 needed = max(needed, 2 * math.prod(recipe.origin.shape) * SIZES[recipe.origin.dtype])
@@ -119,7 +120,12 @@ def make_plan(source: Source, format: Format, options: Options | None = None, dt
     Raises:
         CheckpointError: it is impossible, or something would be lost.
     """
-    options = _heeded(format, options or Options())
+    with many_objects():
+        return _make_plan(source, format, options or Options(), dtype)
+
+
+def _make_plan(source: Source, format: Format, options: Options, dtype: str | None) -> Plan:
+    options = _heeded(format, options)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError("--dtype", f"is {dtype!r}", f"must be one of {', '.join(DTYPES)}")
     if dtype is not None and DTYPES[dtype] not in format.dtypes:
@@ -133,7 +139,7 @@ def make_plan(source: Source, format: Format, options: Options | None = None, dt
     for name in layout.materialised:
         original = source.model.table[name].row.alias
         assert original is not None
-        recipes[name] = replace(recipes[original], name=name)
+        recipes[name] = recipes[original]._replace(name=name)
     carried |= layout.carried
     beside = _carried_files(source, wanted, carried, recipes)
     files = layout.files + beside
@@ -236,9 +242,11 @@ def _carried_files(source: Source, wanted: Mapping[str, Entry], carried: Mapping
     """Files of the folder of carried tensors. What is carried for want of a place keeps the dtype it was to have."""
     tensors = []
     for name in carried:
-        origin = source.origins.get(name) or source.carried[name]
-        entry = wanted.get(name) or Entry(origin.dtype, origin.shape)
-        recipes.setdefault(name, Recipe(name, entry.dtype, origin))
+        entry = wanted.get(name)
+        if entry is None:
+            origin = source.origins.get(name) or source.carried[name]
+            entry = Entry(origin.dtype, origin.shape)
+            recipes[name] = Recipe(name, entry.dtype, origin)
         tensors.append(renamed(name, name, "", -1, entry.dtype, entry.shape))
     files: list[TargetFile] = []
     for group in _groups(tensors):
@@ -294,6 +302,8 @@ def _add_documents(plan: Plan, layout: Layout, carried: list[str]) -> None:
     plan.documents.update(layout.documents)
     plan.copies = [name for name in source.reading.documents if name not in plan.documents and name != CONFIG
                    and name != MANIFEST]
+    for name in plan.copies:
+        source.folder.check(name)
     before = _kept_config(source)
     changes = _config_changes(source, plan.dtype, before)
     there = source.folder.has(CONFIG) and source.folder.read_json(CONFIG) == source.model.hf

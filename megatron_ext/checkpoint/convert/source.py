@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ext.checkpoint.convert import names
 from megatron_ext.checkpoint.convert.folder import Folder
@@ -59,8 +59,7 @@ class Reading:
 Piece = tuple[Stored, Part]
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a canonical tensor comes from: disjoint pieces that cover it."""
 
     dtype: str
@@ -68,8 +67,7 @@ class Origin:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """A piece that must repeat numbers of a canonical tensor."""
 
     piece: Piece

@@ -14,9 +14,12 @@ A box is ((start, stop), ...), one pair for each dimension.
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,8 +112,7 @@ def transposed(canonical: Shape) -> View:
     return View(canonical, order, tuple(reversed(canonical)))
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """stored[at] == view(canonical)[of]; no view is the canonical tensor itself.
 
     Attributes:
@@ -125,8 +127,7 @@ class Part:
     view: View | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor in a file: dense, row-major, little-endian.
 
     Attributes:
@@ -157,14 +158,25 @@ def as_bytes(bits: Bits) -> memoryview:
     return memoryview(bits.reshape(-1).view(np.uint8).data)
 
 
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Holds back the cyclic garbage collector: it takes half the time where 100,000 tensors are listed."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def renamed(name: str, canonical: str, file: str, offset: int, dtype: str, shape: Shape) -> Stored:
     """A canonical tensor, whole, under another name."""
     box = whole(shape)
     return Stored(name, file, offset, dtype, shape, (Part(canonical, box, box),))
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What is known of a canonical tensor in a checkpoint."""
 
     dtype: str

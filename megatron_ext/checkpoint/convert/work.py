@@ -23,7 +23,7 @@ from megatron_ext.checkpoint.convert.tensors import SIZES, Stored, as_bytes, box
 from megatron_ext.config.errors import CheckpointError
 
 _PR_SET_PDEATHSIG = 1
-_MOVED = 1 << 20
+_MOVED = 1 << 18
 
 
 @dataclass
@@ -58,8 +58,10 @@ class Unit:
         return bytearray(_MOVED)
 
 
-def start_worker(parent: int) -> None:
-    """Called once in each worker: one thread, and no life after the parent's."""
+def start_worker(parent: int, lock: int | None) -> None:
+    """Called once in each worker: one thread, no life after the parent's, and no hold on what only the parent locks."""
+    if lock is not None:
+        os.close(lock)  # inherited by a fork; a lock lasts until the last descriptor of it is closed
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what happens
     if sys.platform == "linux":

@@ -86,7 +86,7 @@ class DeepSeek:
     def lay_out(self, model: Model, entries: Mapping[str, Entry], options: Options) -> Layout:
         ranks, experts = options.mp, model.config.n_routed_experts
         if ranks < 1 or experts % ranks:
-            raise CheckpointError("--mp", f"{ranks} does not divide {experts} experts")
+            raise CheckpointError(f"--mp {ranks}", f"does not divide {experts} experts")
         layout = Layout([])
         shards: list[list[Stored]] = [[] for _ in range(ranks)]
         for name, entry in self._with_head(model, entries, layout).items():
@@ -124,7 +124,8 @@ class DeepSeek:
         size = tensor.shape[dim]
         if size % ranks or (is_scale and size // ranks % BLOCK):
             where = "inside a block of 128" if size % ranks == 0 else "into unequal parts"
-            raise CheckpointError("--mp", f"{ranks} cuts dimension {dim} of {tensor.shape}, {where}", tensor=name)
+            raise CheckpointError(f"--mp {ranks}", f"would be cut along dimension {dim} of {tensor.shape}, {where}",
+                                  tensor=name)
         step = box[dim][1] // ranks
         return (*box[:dim], (rank * step, (rank + 1) * step), *box[dim + 1:])
 
