@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 1234
-GRACE = 1.0  # seconds that the other ranks get to end by themselves once one has raised
+GRACE = 4.0  # seconds that the others get to end by themselves once one has raised; a lost peer takes gloo 1 s to see
 
 
 class WorkerError(RuntimeError):
