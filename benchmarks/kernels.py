@@ -72,7 +72,7 @@ def told(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/kernels.json"))
     parser.add_argument("--picture", type=Path, help="draw the roofline here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     names = ("; ".join(f"{kind}: {', '.join(groups(torch.device(kind), 1, ''))}" for kind in ("cpu", "cuda")))

@@ -244,11 +244,16 @@ def main() -> None:
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if min(args.tokens, args.hidden, args.inner, args.blocks, args.rounds) < 1:
+        parser.error("sizes and --rounds must be at least 1")
     device = torch.device("cuda" if cuda else "cpu")
     rows = measure(device, args.tokens, args.hidden, args.inner, args.blocks, args.rounds, args.trace)
     for row in rows:
-        print(f"{row['name']}: {row['value']:.3f} {row['unit']}; {row['peer']} {row['peer_value']:.3f} "
-              f"({row['goal']}{'' if cuda else ', not judged on a CPU'})")
+        if cuda:
+            peer = f"{row['peer']} {row['peer_value']:.3f}"
+            print(f"{row['name']}: {row['value']:.3f} {row['unit']}; {peer} ({row['goal']})")
+        else:
+            print(f"{row['name']}: ran; a CPU has no streams, so there is nothing to say of time")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

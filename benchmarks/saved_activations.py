@@ -131,6 +131,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="the largest tensors too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.tokens < 1:
+        parser.error("--tokens must be at least 1")
     rows = []
     for part, (fp8, bf16) in measure(V3, args.tokens, args.verbose).items():
         ratio, goal = fp8 / bf16, GOALS[part]

@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json; bytes if left out")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=160, help="also what the scheduler's \"auto\" numbers follow")
-    parser.add_argument("--eval-every", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=20, help="0: before and after only")
     parser.add_argument("--save-every", type=int, default=0, help="0: at the end only")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], engine: Any, held_ou
         lr, start = engine.get_lr()[0], time.perf_counter()
         engine.train_batch()
         seconds = time.perf_counter() - start
-        due = held_out is not None and (step % args.eval_every == 0 or step == args.steps)
+        due = held_out is not None and (step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         record.step(step, evaluate() if due else None, lr, tokens_per_step / seconds, memory)
         if args.save_every and step % args.save_every == 0 and step < args.steps:

@@ -52,6 +52,29 @@ def tile_count(length: int) -> int:
     return -(-length // BLOCK)
 
 
+def require(condition: bool, rule: str) -> None:
+    """Refuses operands that do not fit together, which a compiled kernel would read behind the end of.
+
+    Raises:
+        ValueError: `condition` is false.
+    """
+    if not condition:
+        raise ValueError(rule)
+
+
+def require_scales(data: Tensor, scale: Tensor) -> None:
+    """Whether a scale is of tiles or blocks of FP8 numbers.
+
+    Raises:
+        ValueError: it is not, or the numbers are not FP8.
+    """
+    require(any(data.dtype == fmt.dtype for fmt in FORMATS.values()), f"data must be FP8, not {data.dtype}")
+    *stack, n, k = data.shape
+    fits = scale.dim() == data.dim() and list(scale.shape[:-2]) == stack and scale.shape[-1] == tile_count(k)
+    require(fits and scale.shape[-2] in (n, tile_count(n)) and scale.dtype == torch.float32,
+            f"scale {scale.dtype} {list(scale.shape)} is not of 1x128 tiles or 128x128 blocks of {list(data.shape)}")
+
+
 def block_rows(data: Tensor, scale: Tensor) -> int:
     """Rows that share a scale: 1 or 128. The shapes tell (and for a single row the two are the same thing)."""
     return 1 if scale.shape[-2] == data.shape[-2] else BLOCK

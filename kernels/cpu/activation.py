@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ext.kernels.cpu.library import empty, function, in_chunks
 from megatron_ext.kernels.cpu.quantize import GRAIN, Columns, empty_rows, is_bf16, readable
+from megatron_ext.kernels.layout import require
 from megatron_ext.kernels.reference import activation as reference
 
 _ROUNDED = (torch.float32, torch.bfloat16)
@@ -25,6 +26,7 @@ def swiglu_quantize(
     """See `reference.activation.swiglu_quantize`."""
     if gate.dtype not in _ROUNDED:
         return reference.swiglu_quantize(gate, up, power_of_two, format)
+    require(gate.shape == up.shape, f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     gate, up = readable(gate), readable(up)
     (tokens, columns), (data, scale) = gate.shape, empty_rows(gate.shape, format)
     kernel = function("mext_swiglu_quantize", *[c_void_p] * 2, *[c_int] * 2, *[c_void_p] * 2, *[c_int64] * 3,
@@ -51,6 +53,8 @@ def swiglu_backward_quantize(
     """See `reference.activation.swiglu_backward_quantize`."""
     if dh.dtype not in _ROUNDED:
         return reference.swiglu_backward_quantize(dh, gate, up, power_of_two, format, group_sizes)
+    require(dh.shape == gate.shape == up.shape,
+            f"dh {list(dh.shape)}, gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     inputs = [readable(t) for t in (dh, gate, up)]
     (dgate, dgate_t), (dup, dup_t) = (
         (empty_rows(dh.shape, format), Columns.room(dh.shape, format, group_sizes)) for _ in range(2)
@@ -73,6 +77,7 @@ def rms_norm_quantize(
     """See `reference.activation.rms_norm_quantize`."""
     if x.dtype not in _ROUNDED:
         return reference.rms_norm_quantize(x, weight, eps, power_of_two, format)
+    require(weight.shape == x.shape[1:], f"weight {list(weight.shape)} must be {list(x.shape[1:])}")
     x, weight = readable(x), weight.detach().float().contiguous()
     (rows, columns), (data, scale) = x.shape, empty_rows(x.shape, format)
     rstd = empty((rows,))

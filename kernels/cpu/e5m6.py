@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.kernels.cpu.library import empty, function, in_chunks
 from megatron_ext.kernels.cpu.quantize import GRAIN, is_bf16, readable
-from megatron_ext.kernels.layout import tile_count
+from megatron_ext.kernels.layout import require, tile_count
 
 
 def pack_e5m6(x: Tensor, *, portable: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +34,9 @@ def unpack_e5m6(high: Tensor, low: Tensor, scale: Tensor, *, portable: bool = Fa
     """See `reference.e5m6.unpack_e5m6`."""
     high, low, scale = (t.contiguous() for t in (high, low, scale))
     rows, columns = high.shape
+    shapes = [list(t.shape) for t in (low, scale)]
+    require(shapes == [[rows, (columns + 1) // 2], [rows, tile_count(columns)]] and scale.dtype == torch.float32
+            and high.dtype == low.dtype == torch.uint8, f"low and scale {shapes} are not of {[rows, columns]} numbers")
     x = empty((rows, columns))
     kernel = function("mext_unpack_e5m6", *[c_void_p] * 4, *[c_int64] * 3, c_int)
 

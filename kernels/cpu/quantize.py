@@ -19,6 +19,8 @@ from megatron_ext.kernels.layout import (
     block_rows,
     data_columns,
     format_of,
+    require,
+    require_scales,
     scale_columns,
     tile_count,
 )
@@ -95,6 +97,7 @@ def _quantize_blocks(
 
 def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
     """See `reference.quantize.dequantize`; [N, K] may be a slice of columns of a wider matrix."""
+    require_scales(data, scale)
     if data.dim() > 2 or data.stride(-1) != 1 or scale.stride(-1) != 1:
         data, scale = data.contiguous(), scale.contiguous()
     n, k = data.shape[-2:]
@@ -159,6 +162,8 @@ def requantize_transposed(
     data: Tensor, scale: Tensor, group_sizes: Sequence[int] | Tensor | None = None, *, portable: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.requantize_transposed`."""
+    require_scales(data, scale)
+    require(len(scale) == len(data), f"scale {list(scale.shape)} is not of 1x128 tiles of {list(data.shape)}")
     data, scale, format = data.contiguous(), scale.contiguous(), format_of(data.dtype)
     kernel = function("mext_requantize_columns", *[c_void_p] * 4, *[c_int64] * 4, c_void_p, *[c_int64] * 3,
                       *[c_int] * 2)  # fmt: skip
@@ -191,7 +196,8 @@ class Columns(NamedTuple):
         if group_sizes is not None:
             sizes = torch.as_tensor(group_sizes, dtype=torch.int64).contiguous()
             # The kernel trusts these: tokens of a group too many would be read behind the end.
-            assert int(sizes.sum()) == tokens and (sizes >= 0).all(), "group sizes must sum to the tokens"
+            require(int(sizes.sum()) == tokens and bool((sizes >= 0).all()),
+                    f"group sizes {sizes.tolist()} must sum to the {tokens} tokens")
         groups = None if sizes is None else len(sizes)
         data = empty((columns, data_columns(tokens, groups)), FORMATS[format].dtype)
         return Columns(data, empty((columns, scale_columns(tokens, groups))), tokens, columns, sizes)

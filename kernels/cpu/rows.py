@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.kernels.cpu.library import empty, function, in_chunks
 from megatron_ext.kernels.cpu.quantize import GRAIN, empty_rows, is_bf16, readable
-from megatron_ext.kernels.layout import tile_count
+from megatron_ext.kernels.layout import require, tile_count
 from megatron_ext.kernels.reference import rows as reference
 
 
@@ -36,7 +36,9 @@ def quantize_rows(x: Tensor, source: Tensor, rows: Tensor, *, portable: bool = F
     """See `reference.rows.quantize_rows`."""
     x, source, columns = readable(x), _rows_of(source, len(x)), x.shape[1]
     tiles = tile_count(columns)
-    assert rows.stride(1) == 1 and rows.shape[0] == len(source) and rows.shape[1] >= columns + tiles
+    require(rows.dtype == torch.uint8 and rows.stride(1) == 1 and rows.shape[0] == len(source)
+            and rows.shape[1] >= columns + tiles,
+            f"rows {rows.dtype} {list(rows.shape)} must be uint8 with {len(source)} rows of {columns + tiles} or more")
     kernel = function("mext_quantize_rows", c_void_p, c_int, *[c_void_p] * 3, *[c_int64] * 4, c_int)
 
     def body(first: int, last: int) -> None:
@@ -53,7 +55,7 @@ def unpermute_combine(y: Tensor, weights: Tensor, rows: Tensor, *, portable: boo
         return reference.unpermute_combine(y, weights, rows)
     y, weights, rows = readable(y), weights.detach().float().contiguous(), _rows_of(rows, len(y))
     (tokens, k), columns = rows.shape, y.shape[1]
-    assert len(weights) == len(y)
+    require(weights.shape == y.shape[:1], f"weights {list(weights.shape)} must be {list(y.shape[:1])}")
     out = empty((tokens, columns), y.dtype)
     kernel = function("mext_unpermute_combine", c_void_p, c_int, *[c_void_p] * 3, *[c_int64] * 4, c_int)
 

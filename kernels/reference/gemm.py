@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.layout import BLOCK, host_sizes, token_spans
+from megatron_ext.kernels.layout import BLOCK, host_sizes, require, token_spans
 from megatron_ext.kernels.reference.quantize import dequantize
 
 Dequantize = Callable[[Tensor, Tensor], Tensor]
@@ -83,11 +83,13 @@ def grouped_gemm_nt(
     Returns:
         [T, N] in `dtype`.
     """
+    sizes = host_sizes(group_sizes)
+    require(sum(sizes) == len(a) and min(sizes, default=0) >= 0, f"group sizes {sizes} must sum to the {len(a)} rows")
     a = dequantize(a, a_scale)
     b = b if b_scale is None else dequantize(b, b_scale)
     y = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     first = 0
-    for e, size in enumerate(host_sizes(group_sizes)):
+    for e, size in enumerate(sizes):
         if size:
             torch.mm(a[first : first + size], b[e].t(), out=y[first : first + size])
         first += size

@@ -142,6 +142,9 @@ def check_deepspeed_config(ds_config: Mapping[str, Any], section: MegatronExtCon
     for key, hint in _REMOVED.items():
         if key in ds_config:
             raise ConfigError(key, ds_config[key], "DeepSpeed has removed this section", hint)
+    for key in ("fp8", "kernels", "recompute", "router", "ema"):
+        if key in ds_config:  # DeepSpeed has no such sections, and ignores them
+            raise ConfigError(key, ds_config[key], "is a section of megatron_ext", f"move it to megatron_ext.{key}")
     for key, (rule, hint) in _SWITCHES.items():
         if _is_on(value := _lookup(ds_config, key)):
             raise ConfigError(key, value, rule, hint)

@@ -99,6 +99,10 @@ class PipelineEngine(OptimizerMixin, CheckpointMixin, ScheduleMixin, DispatchMix
         for layer in model.children_with("set_precision"):
             layer.set_precision(precision)
         model.forget_phases()
+        if section.fp8.enabled and groups.rank == 0:
+            cached = "activations kept in FP8" if section.fp8.activation_cache else "activations kept as they are"
+            print(f"megatron_ext: FP8 products on {self.device.type} (kernels: {section.kernels.backend}), {cached}, "
+                  f"tokens to experts in {precision.dispatch_dtype}", flush=True)
         zero = isinstance(self.optimizer, PipelineZeroOptimizer)
         ranks: list[Any] = [None] * dist.get_world_size()
         mine = len(self.optimizer.bit16_groups) if zero else 0, bool(self.routers)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.fp8.linear import Cache, Groups, linear_backward, linear_forward
 from megatron_ext.fp8.operators import call
 from megatron_ext.fp8.precision import Precision
@@ -30,6 +31,14 @@ _LIBRARY = library_fragment()
 
 def _on_host_of_cpu(group_sizes: Tensor | None) -> Groups:
     return group_sizes if group_sizes is None or group_sizes.is_cuda else host_sizes(group_sizes)
+
+
+def _checked(group_sizes: Tensor | None, x: Tensor) -> Groups:
+    """Sizes as the backend wants them; on a CPU, where they can be read, refused if they do not sum to the rows."""
+    groups = _on_host_of_cpu(group_sizes)
+    if isinstance(groups, list) and (sum(groups) != len(x) or min(groups, default=0) < 0):
+        raise ConfigError("group_sizes", groups, f"must be sizes, none negative, that sum to T = {len(x)}")
+    return groups
 
 
 def _as_bytes(kept: tuple[Tensor, ...]) -> list[Tensor]:
@@ -52,7 +61,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, group_sizes: Tensor 
             backend: str) -> tuple[Tensor, list[Tensor]]:
     precision = Precision(fp8=True, backend=backend)
     x8 = call("quantize", x, TILE, True, backend=backend)
-    y, kept = linear_forward(x, weight, bias, x8, _on_host_of_cpu(group_sizes), precision, cache)
+    y, kept = linear_forward(x, weight, bias, x8, _checked(group_sizes, x), precision, cache)
     return y, _as_bytes(kept)
 
 
@@ -117,7 +126,7 @@ def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, group_sizes: Tens
             backend: str) -> tuple[Tensor, list[Tensor]]:
     precision = Precision(fp8=True, backend=backend)
     x8 = call("quantize", x, TILE, True, backend=backend)
-    y, kept = swiglu_forward(x, (gate, up, down), x8, _on_host_of_cpu(group_sizes), precision)
+    y, kept = swiglu_forward(x, (gate, up, down), x8, _checked(group_sizes, x), precision)
     return y, _as_bytes(kept)
 
 

@@ -105,7 +105,12 @@ def check_groups(x: Tensor, group_sizes: Sequence[int] | Tensor, weight: Tensor)
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise ConfigError("x", list(x.shape), f"must be [T, K] for a weight [E, N, K] = {list(weight.shape)}")
     rule = f"must be E = {weight.shape[0]} sizes, none negative, that sum to T = {x.shape[0]}"
-    if len(group_sizes) != weight.shape[0]:
+    if isinstance(group_sizes, Tensor):
+        if group_sizes.shape != weight.shape[:1] or group_sizes.is_floating_point():
+            raise ConfigError("group_sizes", f"{group_sizes.dtype} {list(group_sizes.shape)}", rule)
+    elif not isinstance(group_sizes, Sequence) or len(group_sizes) != weight.shape[0]:
+        raise ConfigError("group_sizes", group_sizes, rule)
+    elif not all(isinstance(size, int) for size in group_sizes):
         raise ConfigError("group_sizes", list(group_sizes), rule)
     if isinstance(group_sizes, Tensor) and (group_sizes.is_cuda or torch.compiler.is_compiling()):
         return

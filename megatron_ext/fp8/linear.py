@@ -236,11 +236,28 @@ def linear(
     if not precision.fp8:
         raise ConfigError("precision.fp8", False, "fp8.linear always quantises", "use megatron_ext.layers.linear")
     given = x.x if isinstance(x, QuantizedInput) else x
-    if weight.dim() != 2 or given.shape[-1] != weight.shape[-1]:
+    check_floating(x=given, weight=weight, **({} if bias is None else {"bias": bias}))
+    if weight.dim() != 2:
+        raise ConfigError("weight", list(weight.shape), "must be [N, K]")
+    if given.dim() < 1 or given.shape[-1] != weight.shape[-1]:
         raise ConfigError("x", list(given.shape), f"must be [..., K] for a weight [N, K] = {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError("bias", list(bias.shape), f"must be [N] = {list(weight.shape[:1])}")
     if cache not in get_args(Cache) or (cache == "e5m6" and isinstance(x, QuantizedInput)):
         raise ConfigError("cache", cache, 'must be "e4m3", or "e5m6" for an x that is not quantised yet')
     return multiply(x, weight, bias, None, precision, cache).view(*given.shape[:-1], weight.shape[0])
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Whether tensors hold floating-point numbers of at least 16 bits.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.element_size() == 1:
+            found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ConfigError(name, found, "must be a tensor in floating point of at least 16 bits")
 
 
 def multiply(

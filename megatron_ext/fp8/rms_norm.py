@@ -72,10 +72,12 @@ def rms_norm_input(x: Tensor, weight: Tensor, eps: float, precision: Precision) 
         summed in FP64, so 1 / rms may differ from `RMSNorm.forward`'s in its last bit.)
 
     Raises:
-        ConfigError: `fp8` or `activation_cache` is off.
+        ConfigError: `fp8` or `activation_cache` is off, or the weight is of another width.
     """
     if not precision.fp8 or not precision.activation_cache:
         raise ConfigError("precision.activation_cache", precision.activation_cache, "rms_norm_input needs it, and FP8",
                           "normalise with RMSNorm.forward")
+    if weight.shape != x.shape[-1:]:
+        raise ConfigError("weight", list(weight.shape), f"must be [h] = {list(x.shape[-1:])}")
     y, data, scale = _QuantizedNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, precision.backend)
     return QuantizedInput(y.view(x.shape), data, scale, placeholder=True)

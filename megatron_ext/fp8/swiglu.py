@@ -27,6 +27,7 @@ from megatron_ext.fp8.linear import (
     Pair,
     QuantizedInput,
     accumulate_weight_gradient,
+    check_floating,
     checked_input,
     forward_product,
     input_gradient,
@@ -124,7 +125,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor | QuantizedInput, gate: Tensor, up: Tensor, down: Tensor,
-           group_sizes: Sequence[int] | Tensor | None = None, *, precision: Precision) -> Tensor:
+           group_sizes: Sequence[int] | Tensor | None = None, *, precision: Precision | None = None) -> Tensor:
     """down(silu(gate(x)) * up(x)) with all products in FP8 and separable weight gradients.
 
     Args:
@@ -132,7 +133,7 @@ def swiglu(x: Tensor | QuantizedInput, gate: Tensor, up: Tensor, down: Tensor,
         gate, up: weights [I, h], or [E, I, h] with groups.
         down: weight [h, I], or [E, h, I] with groups.
         group_sizes: [E] rows of each expert, summing to T; None for one network.
-        precision: backend and weight cache; `precision.fp8` must be on.
+        precision: backend and weight cache, with `fp8` on; None is the automatic backend and no cache.
 
     Returns:
         [..., h] in the dtype of x.
@@ -140,12 +141,20 @@ def swiglu(x: Tensor | QuantizedInput, gate: Tensor, up: Tensor, down: Tensor,
     Raises:
         ConfigError: shapes or sizes that do not fit, `precision.fp8` off, or a backend that cannot run here.
     """
+    precision = precision or Precision(fp8=True)
     if not precision.fp8:
         raise ConfigError("precision.fp8", False, "fp8.swiglu always quantises", "compose it of linear layers")
     given = x.x if isinstance(x, QuantizedInput) else x
-    if not gate.shape == up.shape == down.mT.shape or given.shape[-1] != gate.shape[-1]:
-        rule = f"must be [..., h] for gate, up and down of {list(gate.shape)}, {list(up.shape)} and {list(down.shape)}"
-        raise ConfigError("x", list(given.shape), rule)
+    check_floating(x=given, gate=gate, up=up, down=down)
+    stack = "" if group_sizes is None else "E, "
+    if gate.dim() != (2 if group_sizes is None else 3):
+        raise ConfigError("gate", list(gate.shape), f"must be [{stack}I, h]")
+    if up.shape != gate.shape:
+        raise ConfigError("up", list(up.shape), f"must be [{stack}I, h] = {list(gate.shape)}, as gate is")
+    if down.shape != gate.mT.shape:
+        raise ConfigError("down", list(down.shape), f"must be [{stack}h, I] = {list(gate.mT.shape)}")
+    if given.dim() < 1 or given.shape[-1] != gate.shape[-1]:
+        raise ConfigError("x", list(given.shape), f"must be [..., h] for a gate [{stack}I, h] = {list(gate.shape)}")
     groups: Groups = None
     if group_sizes is not None:
         check_groups(given, group_sizes, gate)

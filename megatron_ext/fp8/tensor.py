@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.fp8.operators import call
-from megatron_ext.kernels.layout import BLOCK, FORMATS
+from megatron_ext.kernels.layout import BLOCK, FORMATS, require_scales
 from megatron_ext.kernels.registry import AUTO
 
 TILE = (1, BLOCK)
@@ -40,7 +40,15 @@ class QuantizedTensor:
         return self.data.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> Tensor:
-        """data * scale, [..., N, K], computed in FP32 and rounded to `dtype`."""
+        """data * scale, [..., N, K], computed in FP32 and rounded to `dtype`.
+
+        Raises:
+            ConfigError: the scale does not fit the data.
+        """
+        try:
+            require_scales(self.data, self.scale)
+        except ValueError as error:
+            raise ConfigError("scale", list(self.scale.shape), str(error)) from None
         return call("dequantize", self.data, self.scale, backend=backend).to(dtype)
 
 

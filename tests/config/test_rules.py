@@ -186,3 +186,10 @@ def test_swiglu_is_recomputed_with_fp8_only():
     check_deepspeed_config({}, parse_section({"megatron_ext": section}))
     with pytest.raises(ConfigError, match=r"recompute = \['swiglu'\]: swiglu is recomputed with FP8 only"):
         check_deepspeed_config({}, parse_section({"megatron_ext": {"recompute": ["swiglu"]}}))
+
+
+@pytest.mark.parametrize("key", ["fp8", "kernels", "recompute"])
+def test_our_sections_outside_of_ours_are_refused(key: str):
+    """DeepSpeed would ignore them, and training would go on without."""
+    with pytest.raises(ConfigError, match=rf"{key} = .* is a section of megatron_ext; move it to megatron_ext\.{key}"):
+        check_deepspeed_config({key: {"enabled": True}}, parse_section({}))

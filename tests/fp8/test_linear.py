@@ -303,3 +303,15 @@ def test_without_the_activation_cache_the_input_stays_as_it_is(cache: str) -> No
     x8, dy8 = reference.quantize_transposed(x, True), reference.quantize_transposed(dy)
     dy_NT, x_KT = (reference.dequantize(*pair).double() for pair in (dy8, x8))
     assert relative_error(weight.grad, dy_NT @ x_KT.t()) < 1e-6
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(bias=torch.zeros(31)), r"bias = \[31\]: must be \[N\] = \[32\]"),
+    (dict(bias=torch.zeros(1)), r"bias = \[1\]: must be \[N\]"),
+    (dict(weight=torch.zeros(2, 32, 256)), r"weight = \[2, 32, 256\]: must be \[N, K\]"),
+    (dict(x=torch.ones(3, 256, dtype=torch.int64)), "x = 'torch.int64': must be a tensor in floating point"),
+    (dict(x=fp8.quantize(torch.ones(3, 256))), "x = 'QuantizedTensor': must be a tensor"),
+    (dict(weight=torch.zeros(32, 256, dtype=torch.float8_e4m3fn)), "weight = 'torch.float8_e4m3fn': must be")])
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fp8.linear(**dict(x=torch.zeros(3, 256), weight=torch.zeros(32, 256)) | change)

@@ -82,3 +82,9 @@ def test_what_has_no_numbers_is_not_kept() -> None:
         with pytest.raises(ConfigError, match=r"precision\.activation_cache = False"):
             refused()
     assert not isinstance(layer.quantized(x, plain), fp8.QuantizedInput)
+
+
+def test_a_weight_of_another_width_is_refused() -> None:
+    """The compiled kernel would read behind its end."""
+    with pytest.raises(ConfigError, match=r"weight = \[64\]: must be \[h\] = \[128\]"):
+        fp8.rms_norm_input(torch.randn(4, 128), torch.ones(64), EPS, QUANTISED)

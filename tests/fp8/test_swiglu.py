@@ -174,9 +174,12 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(precision=fp8.Precision()), r"precision\.fp8 = False: fp8\.swiglu always quantises"),
-    (dict(x=torch.zeros(4, 100)), r"x = \[4, 100\]: must be \[\.\.\., h\] for gate, up and down"),
-    (dict(down=torch.zeros(INNER, H)), r"must be \[\.\.\., h\] for gate, up and down of .*\[192, 256\]\Z"),
-    (dict(group_sizes=[T]), r"must be \[T, K\] for a weight \[E, N, K\]")])
+    (dict(x=torch.zeros(4, 100)), r"x = \[4, 100\]: must be \[\.\.\., h\] for a gate \[I, h\] = \[192, 256\]"),
+    (dict(x=torch.zeros(4, H, dtype=torch.int32)), r"x = 'torch.int32': must be a tensor in floating point"),
+    (dict(gate=torch.zeros(1, INNER, H)), r"gate = \[1, 192, 256\]: must be \[I, h\]"),
+    (dict(up=torch.zeros(INNER, 100)), r"up = \[192, 100\]: must be \[I, h\] = \[192, 256\], as gate is"),
+    (dict(down=torch.zeros(INNER, H)), r"down = \[192, 256\]: must be \[h, I\] = \[256, 192\]"),
+    (dict(group_sizes=[T]), r"gate = \[192, 256\]: must be \[E, I, h\]")])
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     x, (gate, up, down), _ = operands()
     with pytest.raises(ConfigError, match=message):
