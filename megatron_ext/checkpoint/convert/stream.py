@@ -257,7 +257,8 @@ def _unit(state: State, file: TargetFile, tensors: list[Stored], checks: dict[st
     plan, folder = state.plan, state.plan.source.folder
     names = {part.canonical for tensor in tensors for part in tensor.parts}
     unit = Unit(folder.path, folder.follow_links, _temporary(state, file), state.work / file.path, tensors,
-                {name: plan.recipes[name] for name in names})
+                {name: plan.recipes[name] for name in names},
+                crcs={tensor.name: file.crcs[tensor.name] for tensor in tensors if tensor.name in file.crcs})
     for name in sorted(names):
         unit.checks += checks.pop(name, [])
     for tensor in tensors if sums else ():

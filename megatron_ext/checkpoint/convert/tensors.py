@@ -195,10 +195,12 @@ class TargetFile:
         path: relative to the folder.
         size: bytes in all.
         tensors: with their offsets.
-        literals: (offset, bytes) of everything that is no tensor: headers, and trailers that do not depend on numbers.
+        literals: (offset, bytes) of everything that is no tensor: headers and trailers.
+        crcs: tensor -> offsets at which the CRC-32 of its bytes goes, little-endian, once they are written (zip).
     """
 
     path: str
     size: int
     tensors: list[Stored]
     literals: list[tuple[int, bytes]] = field(default_factory=list)
+    crcs: dict[str, list[int]] = field(default_factory=dict)

@@ -7,7 +7,9 @@ import errno
 import hashlib
 import os
 import signal
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +42,7 @@ class Unit:
         expected: target tensor -> (tensor of the source, SHA-256), where both have the same bytes.
         verify: tensors of the source with the SHA-256 that they must have.
         checks: pieces of the source that must repeat others.
+        crcs: target tensor -> offsets at which the CRC-32 of its bytes goes.
     """
 
     source: Path
@@ -51,6 +54,7 @@ class Unit:
     expected: dict[str, tuple[Stored, str]] = field(default_factory=dict)
     verify: list[tuple[Stored, str]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    crcs: dict[str, list[int]] = field(default_factory=dict)
 
     @cached_property
     def buffer(self) -> bytearray:
@@ -93,20 +97,31 @@ def do(unit: Unit) -> dict[str, str]:
 
 
 def _write(unit: Unit, producer: Producer, descriptor: int, tensor: Stored) -> str:
-    digest, offset = hashlib.sha256(), tensor.offset
+    digest, crc, offset = hashlib.sha256(), 0, tensor.offset
+    places = unit.crcs.get(tensor.name, ())
     for content in _contents(unit, producer, tensor):
         digest.update(content)
-        try:
-            while content:
-                written = os.pwrite(descriptor, content, offset)
-                content, offset = content[written:], offset + written
-        except OSError as error:
-            what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-            raise CheckpointError(unit.final, f"cannot be written: {what}", tensor=tensor.name) from None
+        if places:
+            crc = zlib.crc32(content, crc)
+        offset = _put(unit, descriptor, tensor, content, offset)
+    for place in places:
+        _put(unit, descriptor, tensor, memoryview(struct.pack("<I", crc)), place)
     assert offset == tensor.offset + tensor.nbytes, tensor.name
     if tensor.name in unit.expected:
         _compare_digest(producer.files, *unit.expected[tensor.name], digest.hexdigest())
     return digest.hexdigest()
+
+
+def _put(unit: Unit, descriptor: int, tensor: Stored, content: memoryview, offset: int) -> int:
+    """Writes bytes; where they end."""
+    try:
+        while content:
+            written = os.pwrite(descriptor, content, offset)
+            content, offset = content[written:], offset + written
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise CheckpointError(unit.final, f"cannot be written: {what}", tensor=tensor.name) from None
+    return offset
 
 
 def _contents(unit: Unit, producer: Producer, tensor: Stored) -> Iterator[memoryview]:
