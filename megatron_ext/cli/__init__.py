@@ -58,15 +58,24 @@ def convert_(
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json of a source without.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file (hf).")] = "5GB",
     mp: Annotated[int, typer.Option(help="Model-parallel ranks (deepseek).")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (megatron-legacy).")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages (megatron-legacy).")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks (megatron-legacy).")] = 1,
+    optimizer: Annotated[str | None, typer.Option(
+        help="Optimizer state that the format has no place for: drop, or carry beside the result.")] = None,
+    weights: Annotated[str, typer.Option(help="What is converted: model, master (FP32) or ema.")] = "model",
     workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores, at most 8.")] = 0,
     plan: Annotated[bool, typer.Option("--plan", help="Only says what would be done; reads no numbers.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Reads the result back and converts it back.")] = False,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Reads through symbolic links.")] = False,
 ) -> None:
     """Converts a checkpoint: streamed in bounded memory, resumable, with a manifest of checksums."""
-    from megatron_ext.cli.convert import convert
+    from megatron_ext.checkpoint.convert.formats.layout import Options
+    from megatron_ext.cli.convert import Choice, convert, parse_size
 
-    convert(source, destination, to, from_, dtype, config, shard_size, mp, workers, plan, verify, follow_links)
+    settings = Options(parse_size(shard_size), mp, tp, pp, ep)
+    convert(source, destination, to, from_, config, settings, Choice(dtype, optimizer, weights), workers, plan,
+            verify, follow_links)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 from rich.console import Console
@@ -21,13 +22,21 @@ from megatron_ext.config.errors import UserError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def convert(source: Path, destination: Path, to: str, from_: str | None, dtype: str | None, config: Path | None,
-            shard_size: str, mp: int, workers: int, plan_only: bool, prove: bool, follow_links: bool) -> None:
+class Choice(NamedTuple):
+    """What of a checkpoint is converted; see `make_plan`."""
+
+    dtype: str | None
+    optimizer: str | None
+    weights: str
+
+
+def convert(source: Path, destination: Path, to: str, from_: str | None, config: Path | None, options: Options,
+            choice: Choice, workers: int, plan_only: bool, prove: bool, follow_links: bool) -> None:
     """Plans, and then shows the plan or carries it out; then proves it."""
     if workers < 0:
         raise UserError(f"--workers = {workers}: must not be negative")
     opened = open_checkpoint(source, from_, config, follow_links)
-    plan = make_plan(opened, named(to), Options(parse_size(shard_size), mp), dtype)
+    plan = make_plan(opened, named(to), options, *choice)
     if plan_only:
         show(plan)
         return

@@ -76,7 +76,8 @@ def test_layers_follow_the_config() -> None:
 class Wrong:
     """Hugging Face's layout with a fault."""
 
-    name, title, dtypes, options = "wrong", "a format of these tests", FORMATS[0].dtypes, FORMATS[0].options
+    name, title, dtypes, states = "wrong", "a format of these tests", FORMATS[0].dtypes, FORMATS[0].states
+    options = FORMATS[0].options
 
     def __init__(self, fault: str):
         self.fault = fault

@@ -44,6 +44,7 @@ class Odd:
     name = "odd"
     title = "a format of these tests"
     dtypes = frozenset({"BF16", "F32"})
+    states: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
 
     def detect(self, folder: Folder) -> bool:

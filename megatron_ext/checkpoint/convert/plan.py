@@ -11,13 +11,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ext.checkpoint.convert import names, safetensors_io
 from megatron_ext.checkpoint.convert.blocks import BLOCK_BYTES, MAX_BLOCKS, Recipe
 from megatron_ext.checkpoint.convert.formats import Format
 from megatron_ext.checkpoint.convert.formats.layout import CONFIG, Layout, Options
+from megatron_ext.checkpoint.convert.selection import choose
 from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST, Check, Source, entries, row_of
 from megatron_ext.checkpoint.convert.tensors import (
     SIZES,
@@ -108,7 +109,8 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(source: Source, format: Format, options: Options | None = None, dtype: str | None = None) -> Plan:
+def make_plan(source: Source, format: Format, options: Options | None = None, dtype: str | None = None,
+              optimizer: str | None = None, weights: str = "model") -> Plan:
     """Plans a conversion.
 
     Args:
@@ -116,16 +118,23 @@ def make_plan(source: Source, format: Format, options: Options | None = None, dt
         format: what is written.
         options: how it is cut.
         dtype: key of `DTYPES`; None for dtypes as they are.
+        optimizer: what becomes of optimizer state and averages: "keep" (an error where the format has no place for
+            them), "carry" (beside the result where it has none), "drop"; None to keep, and to be asked where that is
+            impossible.
+        weights: key of `selection.WEIGHTS`: what is converted as the weights. With other than "model", state is
+            dropped, and they are FP32 unless `dtype` says otherwise.
 
     Raises:
         CheckpointError: it is impossible, or something would be lost.
     """
     with many_objects():
-        return _make_plan(source, format, options or Options(), dtype)
+        options = _heeded(format, options or Options())
+        chosen, apart = choose(source, format, optimizer, weights)
+        dtype = "fp32" if dtype is None and chosen is not source and weights != "model" else dtype
+        return _make_plan(chosen, format, replace(options, step=chosen.step), dtype, apart)
 
 
-def _make_plan(source: Source, format: Format, options: Options, dtype: str | None) -> Plan:
-    options = _heeded(format, options)
+def _make_plan(source: Source, format: Format, options: Options, dtype: str | None, apart: frozenset[str]) -> Plan:
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError("--dtype", f"is {dtype!r}", f"must be one of {', '.join(DTYPES)}")
     if dtype is not None and DTYPES[dtype] not in format.dtypes:
@@ -133,6 +142,9 @@ def _make_plan(source: Source, format: Format, options: Options, dtype: str | No
     if dtype is None and any(origin.dtype not in format.dtypes for origin in source.origins.values()):
         dtype = "bf16"
     wanted, carried = _wanted(source, dtype)
+    for name in [name for name in wanted if names.split_state(name)[1] in apart]:
+        carried[name] = "optimizer state"
+        del wanted[name]
     layout = format.lay_out(source.model, wanted, options)
     aliases = {name: _original(source, layout, name) for name in layout.aliases}
     recipes = {name: make_recipe(source, name, entry.dtype) for name, entry in wanted.items() if name not in aliases}
@@ -318,6 +330,8 @@ def _add_documents(plan: Plan, layout: Layout, carried: list[str]) -> None:
         facts["aliases"] = sorted(layout.aliases)
     if plan.carried and (plan.dtype == "bf16" or source.facts.get("through") == "BF16"):
         facts["through"] = "BF16"
+    if source.step is not None and any(names.split_state(name)[1] is not None for name in plan.carried):
+        facts["step"] = source.step
     if layout.materialised:
         facts["materialised"] = layout.materialised
     if carried or facts:

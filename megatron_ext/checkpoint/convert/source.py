@@ -104,6 +104,17 @@ class Source:
     def model(self) -> Model:
         return self.reading.model
 
+    @property
+    def step(self) -> int | None:
+        """Of the training, as the format says it or an earlier conversion left it beside."""
+        kept = self.facts.get("step")
+        return kept if type(kept) is int and self.reading.step is None else self.reading.step
+
+    @property
+    def states(self) -> frozenset[str]:
+        """Kinds of state that lie beside the weights: of `names.STATES`."""
+        return frozenset(state for name in self.origins if (state := names.split_state(name)[1]) is not None)
+
     def path(self, stored: Stored) -> Path:
         return self.folder / stored.file
 

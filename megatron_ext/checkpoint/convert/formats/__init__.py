@@ -38,12 +38,14 @@ class Format(Protocol):
         name: for `--to` and `--from`.
         title: for people.
         dtypes: what it holds; without F8_E4M3, FP8 weights are written in BF16 and their scales are carried.
+        states: kinds of optimizer state (`names.STATES`) that it has places for.
         options: names of the `Options` that it heeds; others that differ from their defaults are refused.
     """
 
     name: str
     title: str
     dtypes: frozenset[str]
+    states: frozenset[str]
     options: frozenset[str]
 
     def detect(self, folder: Folder) -> bool:

@@ -42,6 +42,7 @@ class DeepSeek:
     name = "deepseek"
     title = "DeepSeek inference"
     dtypes = frozenset(SIZES)
+    states: frozenset[str] = frozenset()
     options = frozenset({"mp"})
 
     def detect(self, folder: Folder) -> bool:

@@ -29,6 +29,7 @@ class HuggingFace:
     name = "hf"
     title = "Hugging Face safetensors"
     dtypes = frozenset(SIZES)
+    states: frozenset[str] = frozenset()
     options = frozenset({"shard_bytes"})
 
     def detect(self, folder: Folder) -> bool:

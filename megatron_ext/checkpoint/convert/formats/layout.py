@@ -22,10 +22,16 @@ class Options:
     Attributes:
         shard_bytes: largest file, unless one tensor is larger.
         mp: model-parallel ranks of DeepSeek's layout.
+        tp, pp, ep: ranks of tensor, pipeline and expert parallelism (Megatron's legacy layout).
+        step: of the training, where the source says; set by the plan.
     """
 
     shard_bytes: int = 5 * 10**9
     mp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    step: int | None = None
 
 
 @dataclass
