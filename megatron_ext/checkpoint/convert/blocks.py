@@ -36,8 +36,9 @@ from megatron_ext.checkpoint.convert.tensors import (
 )
 from megatron_ext.config.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 22
-MAX_BLOCKS = 4
+BLOCK_BYTES = 1 << 20
+"""Small enough to stay in the cache between being computed, summed and written."""
+MAX_BLOCKS = 16
 """How many times larger a block may be, so that 128 rows are in one."""
 _SLAB = 1 << 18
 """Numbers that are quantised at a time: few enough for the caches."""

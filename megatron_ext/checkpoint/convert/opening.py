@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST, Sou
 from megatron_ext.checkpoint.convert.tensors import Stored, many_objects, renamed
 from megatron_ext.config.errors import CheckpointError
 
-_SUM = re.compile(r"[0-9a-f]{64}")
+_SUM = re.compile(r"[0-9a-f]{32}")
 
 
 def open_checkpoint(path: Path | str, format: str | None = None, config: Path | str | None = None,

@@ -87,7 +87,7 @@ class Source:
         carried: FP8 scales that belong to weights which are not in FP8 here.
         checks: what is stored more than once.
         facts: what an earlier conversion left beside the tensors, by key.
-        digests: (file, tensor) -> SHA-256 of its bytes, where a manifest of ours lists it.
+        digests: (file, tensor) -> XXH3-128 of its bytes, in hex, where a manifest of ours lists it.
     """
 
     folder: Folder

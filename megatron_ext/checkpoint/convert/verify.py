@@ -67,7 +67,7 @@ def _check_sums(result: Source, told: Progress) -> None:
                 raise CheckpointError(result.folder / stored.file, f"has no checksum in {MANIFEST}", tensor=stored.name)
             if sum_tensor(files, stored) != digest:
                 raise CheckpointError(result.folder / stored.file, "has other content than when it was written",
-                                      "its SHA-256 is not the manifest's", tensor=stored.name)
+                                      "its checksum (XXH3-128) is not the manifest's", tensor=stored.name)
             told(stored.nbytes)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import signal
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from megatron_ext.checkpoint.convert.blocks import Files, Producer, Recipe, blocks_of
 from megatron_ext.checkpoint.convert.folder import Folder
@@ -39,8 +39,8 @@ class Unit:
         final: the name it will have, for messages.
         tensors: to be written, with their offsets.
         recipes: of all canonical tensors concerned.
-        expected: target tensor -> (tensor of the source, SHA-256), where both have the same bytes.
-        verify: tensors of the source with the SHA-256 that they must have.
+        expected: target tensor -> (tensor of the source, checksum), where both have the same bytes.
+        verify: tensors of the source with the checksum that they must have.
         checks: pieces of the source that must repeat others.
         crcs: target tensor -> offsets at which the CRC-32 of its bytes goes.
     """
@@ -78,7 +78,7 @@ def do(unit: Unit) -> dict[str, str]:
     """Writes a portion.
 
     Returns:
-        Target tensor -> SHA-256 of its bytes.
+        Target tensor -> checksum of its bytes.
 
     Raises:
         CheckpointError: naming file and tensor.
@@ -97,7 +97,7 @@ def do(unit: Unit) -> dict[str, str]:
 
 
 def _write(unit: Unit, producer: Producer, descriptor: int, tensor: Stored) -> str:
-    digest, crc, offset = hashlib.sha256(), 0, tensor.offset
+    digest, crc, offset = xxhash.xxh3_128(), 0, tensor.offset
     places = unit.crcs.get(tensor.name, ())
     for content in _contents(unit, producer, tensor):
         digest.update(content)
@@ -139,8 +139,8 @@ def _contents(unit: Unit, producer: Producer, tensor: Stored) -> Iterator[memory
 
 
 def sum_tensor(files: Files, stored: Stored) -> str:
-    """SHA-256 of the bytes of a stored tensor."""
-    digest = hashlib.sha256()
+    """The checksum of the bytes of a stored tensor."""
+    digest = xxhash.xxh3_128()
     for box in blocks_of(stored.shape, SIZES[stored.dtype]):
         digest.update(as_bytes(files.box(stored, box)))
     return digest.hexdigest()
@@ -153,7 +153,7 @@ def _verify(files: Files, stored: Stored, digest: str) -> None:
 def _compare_digest(files: Files, stored: Stored, expected: str, found: str) -> None:
     if found != expected:
         raise CheckpointError(files.folder / stored.file, "has other content than when it was written",
-                              "its SHA-256 is not the manifest's", tensor=stored.name)
+                              "its checksum (XXH3-128) is not the manifest's", tensor=stored.name)
 
 
 def compare(files: Files, producer: Producer, check: Check) -> None:
