@@ -6,6 +6,7 @@
     <dir>/<tag>/[bf16_]zero_pp_rank_{R}_mp_rank_{MM}_optim_states.pt  ZeRO shard of data-parallel rank R
     <dir>/<tag>/expp_rank_{N}_mp_rank_{MM}_optim_states.pt   optimizer without ZeRO, where there are experts
     <dir>/<tag>/megatron_ext_rank_{RRRRR}_states.pt          random generators, data position, optimizer layout
+    <dir>/<tag>/config.json                                  of a model of ours, as Hugging Face has it
     <dir>/<tag>/megatron_ext.json                            the manifest: written last; every file with size and CRC-32
 
 A checkpoint is written to `<tag>.unfinished` and takes its name when the manifest is on disk; `latest` follows. So a
@@ -74,7 +75,7 @@ def publish(folder: Path, name: str) -> None:
     _sync_folder(final.parent)
     if old.exists():
         for path in old.iterdir():
-            if path.name != MANIFEST and not path.name.endswith("_states.pt"):
+            if not path.name.endswith("_states.pt") and not (final / path.name).exists():
                 os.rename(path, final / path.name)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -52,15 +52,19 @@ def doctor(kernels: Annotated[bool, typer.Option(
 def convert_(
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, of any format.")],
     destination: Annotated[Path, typer.Argument(help="Folder to be made.")],
-    to: Annotated[str, typer.Option(help="Its format: hf, deepseek.")],
+    to: Annotated[str, typer.Option(
+        help="Its format: hf, deepseek, deepspeed (universal), dcp, megatron or megatron-legacy.")],
     from_: Annotated[str | None, typer.Option("--from", help="Format of the source; found out if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp8 or fp32; as it is if not given.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json of a source without.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest file (hf).")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Largest file (hf, dcp, megatron).")] = "5GB",
     mp: Annotated[int, typer.Option(help="Model-parallel ranks (deepseek).")] = 1,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (megatron-legacy).")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages (megatron-legacy).")] = 1,
     ep: Annotated[int, typer.Option(help="Expert-parallel ranks (megatron-legacy).")] = 1,
+    spec: Annotated[str, typer.Option(help="Whose names norms get: te or local (megatron).")] = "te",
+    names: Annotated[str, typer.Option(
+        help="Whose names parameters get: megatron_ext or transformers (deepspeed).")] = "megatron_ext",
     optimizer: Annotated[str | None, typer.Option(
         help="Optimizer state that the format has no place for: drop, or carry beside the result.")] = None,
     weights: Annotated[str, typer.Option(help="What is converted: model, master (FP32) or ema.")] = "model",
@@ -73,7 +77,7 @@ def convert_(
     from megatron_ext.checkpoint.convert.formats.layout import Options
     from megatron_ext.cli.convert import Choice, convert, parse_size
 
-    settings = Options(parse_size(shard_size), mp, tp, pp, ep)
+    settings = Options(parse_size(shard_size), mp, tp, pp, ep, spec, names)
     convert(source, destination, to, from_, config, settings, Choice(dtype, optimizer, weights), workers, plan,
             verify, follow_links)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.checkpoint.convert import make_plan, named, open_checkpoint, run
+from megatron_ext.checkpoint.convert import FORMATS, make_plan, named, names, open_checkpoint, run
 from megatron_ext.checkpoint.convert.source import CARRIED, FACTS
 from megatron_ext.checkpoint.convert.verify import verify
 from megatron_ext.config.errors import CheckpointError
@@ -87,4 +87,35 @@ def test_what_is_not_there_cannot_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must be one of model, master, ema"):
         make_plan(open_checkpoint(source), named("hf"), weights="best")
     with pytest.raises(CheckpointError, match="belong to the weights"):
-        make_plan(open_checkpoint(source), named("hf"), weights="master", optimizer="carry")
+        make_plan(open_checkpoint(trained(tmp_path / "averaged", "ema")[0]), named("hf"), weights="ema",
+                  optimizer="carry")
+
+
+def test_master_weights_with_their_moments(tmp_path: Path) -> None:
+    """As torchtitan trains: FP32 weights, and nothing beside."""
+    source, state = trained(tmp_path / "source", "fp32", "exp_avg", "exp_avg_sq")
+    plan = make_plan(open_checkpoint(source), named("dcp"), weights="master", optimizer="keep")
+    assert not any("@" in name for name in plan.carried)
+    run(plan, tmp_path / "dcp")
+    verify(plan, tmp_path / "dcp")
+    back = make_plan(open_checkpoint(tmp_path / "dcp"), named("hf"), optimizer="carry")
+    run(back, tmp_path / "back")
+    found = load(tmp_path / "back") | load(tmp_path / "back" / CARRIED)
+    for name, tensor in state.items():
+        assert torch.equal(found[name.removesuffix("@fp32")], tensor)
+
+
+def test_state_through_every_format_and_back(tmp_path: Path) -> None:
+    """In its own place where there is one, carried where there is none; bit for bit, with the step."""
+    source, state = trained(tmp_path / "source", "fp32", "exp_avg", "exp_avg_sq")
+    for format in FORMATS:
+        there = tmp_path / format.name
+        plan = make_plan(open_checkpoint(source), format, optimizer="carry")
+        run(plan, there)
+        verify(plan, there)
+        assert {name.split("@")[1] for name in plan.carried if "@" in name} == set(names.STATES[:3]) - format.states
+        back = tmp_path / f"{format.name}-back"
+        run(make_plan(open_checkpoint(there), named("hf"), optimizer="carry"), back)
+        found = load(back / CARRIED)
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items()), format.name
+        assert open_checkpoint(back).step == 12, format.name

@@ -121,8 +121,8 @@ def make_plan(source: Source, format: Format, options: Options | None = None, dt
         optimizer: what becomes of optimizer state and averages: "keep" (an error where the format has no place for
             them), "carry" (beside the result where it has none), "drop"; None to keep, and to be asked where that is
             impossible.
-        weights: key of `selection.WEIGHTS`: what is converted as the weights. With other than "model", state is
-            dropped, and they are FP32 unless `dtype` says otherwise.
+        weights: key of `selection.WEIGHTS`: what is converted as the weights. Other than "model" they are FP32 unless
+            `dtype` says otherwise, and state is dropped unless `optimizer` says otherwise.
 
     Raises:
         CheckpointError: it is impossible, or something would be lost.

@@ -43,15 +43,17 @@ def choose(source: Source, format: Format, optimizer: str | None, weights: str) 
     if weights not in WEIGHTS:
         raise CheckpointError("--weights", f"is {weights!r}", f"must be one of {', '.join(WEIGHTS)}")
     state = WEIGHTS[weights]
-    if state is not None:
-        if optimizer not in (None, "drop"):
-            raise CheckpointError("--optimizer", f"is {optimizer!r}, beside --weights {weights}",
-                                  "moments belong to the weights as they were trained")
-        if state not in source.states:
-            raise CheckpointError(source.folder.path, f"holds no {state} of its weights", f"--weights is {weights!r}")
-        return _select(source, state), frozenset()
-    if optimizer == "drop":
-        return _select(source, None), frozenset()
+    if source.reading.unread and optimizer != "drop":
+        raise CheckpointError(source.folder.path, f"holds {source.reading.unread}", "it cannot be read",
+                              "leave it out with --optimizer drop")
+    if state is not None and state not in source.states:
+        raise CheckpointError(source.folder.path, f"holds no {state} of its weights", f"--weights is {weights!r}")
+    if weights == "ema" and optimizer not in (None, "drop"):
+        raise CheckpointError("--optimizer", f"is {optimizer!r}, beside --weights ema",
+                              "moments belong to the weights as they were trained")
+    keep = optimizer in ("keep", "carry") or (optimizer is None and state is None)
+    if state is not None or not keep:
+        source = _select(source, state, keep)
     apart = source.states - format.states
     if apart and optimizer != "carry":
         kinds = ", ".join(name for name in names.STATES if name in apart)
@@ -61,19 +63,25 @@ def choose(source: Source, format: Format, optimizer: str | None, weights: str) 
     return source, apart
 
 
-def _select(source: Source, state: str | None) -> Source:
-    """A source without state, in which one kind of it (if any) takes the place of the weights."""
+def _select(source: Source, state: str | None, keep: bool) -> Source:
+    """A source in which one kind of state (if any) takes the place of the weights, with or without the others."""
     if not source.states:
         return source
     split = [names.split_state(name) for name in source.origins]
     replaced = set() if state is None else {base for base, kind in split if kind == state}
-    stored = [kept for each in source.stored if (kept := _without(each, state, replaced)) is not None]
+    # A copy (of the embedding, for multi-token prediction) repeats what takes the original's place.
+    table = source.model.table
+    copies = {base for base, kind in split if kind is None and base in table and base not in replaced
+              and table[base].row.alias in replaced}
+    stored = [kept for each in source.stored if (kept := _chosen(each, state, replaced | copies, keep)) is not None]
     beside = [each for each in stored if each.file.split("/")[0] == CARRIED]
+    aliases = [*source.facts.get("aliases", source.reading.aliases), *sorted(copies)]
+    facts = {**source.facts, "aliases": aliases} if copies else source.facts
     reading = replace(source.reading, stored=[each for each in stored if each.file.split("/")[0] != CARRIED])
-    return assemble(source.folder, source.format, reading, beside, source.facts, source.digests)
+    return assemble(source.folder, source.format, reading, beside, facts, source.digests)
 
 
-def _without(stored: Stored, state: str | None, replaced: set[str]) -> Stored | None:
+def _chosen(stored: Stored, state: str | None, replaced: set[str], keep: bool) -> Stored | None:
     """A stored tensor with the parts that are chosen; None if there are none."""
     parts: list[Part] = []
     for part in stored.parts:
@@ -82,6 +90,8 @@ def _without(stored: Stored, state: str | None, replaced: set[str]) -> Stored | 
             parts.append(part)
         elif kind is not None and kind == state:
             parts.append(part._replace(canonical=base))
+        elif kind is not None and keep:
+            parts.append(part)
     if len(parts) == len(stored.parts):
         return stored._replace(parts=tuple(parts))
     return stored._replace(parts=tuple(parts), padded=True) if parts else None

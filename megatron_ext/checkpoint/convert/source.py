@@ -46,6 +46,7 @@ class Reading:
         layout: a few words about files and parallel layout, for people.
         documents: files to be carried along as they are (config, tokenizer).
         step: of the training, if the format says.
+        unread: what there is of optimizer state that the adapter cannot read, in words; "" for nothing.
     """
 
     model: Model
@@ -54,6 +55,7 @@ class Reading:
     layout: str = ""
     documents: list[str] = field(default_factory=list)
     step: int | None = None
+    unread: str = ""
 
 
 Piece = tuple[Stored, Part]

@@ -22,9 +22,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megatron_ext.checkpoint.convert.folder import Folder
+from megatron_ext.checkpoint.convert.formats.dcp import Dcp
 from megatron_ext.checkpoint.convert.formats.deepseek import DeepSeek
+from megatron_ext.checkpoint.convert.formats.deepspeed import DeepSpeed
 from megatron_ext.checkpoint.convert.formats.huggingface import HuggingFace
 from megatron_ext.checkpoint.convert.formats.layout import Layout, Options
+from megatron_ext.checkpoint.convert.formats.megatron import Megatron
+from megatron_ext.checkpoint.convert.formats.megatron_legacy import MegatronLegacy
 from megatron_ext.checkpoint.convert.model import Model
 from megatron_ext.checkpoint.convert.source import Reading
 from megatron_ext.checkpoint.convert.tensors import Entry
@@ -75,7 +79,7 @@ class Format(Protocol):
         """
 
 
-FORMATS: tuple[Format, ...] = (HuggingFace(), DeepSeek())
+FORMATS: tuple[Format, ...] = (HuggingFace(), DeepSeek(), DeepSpeed(), Dcp(), Megatron(), MegatronLegacy())
 
 
 def named(name: str) -> Format:

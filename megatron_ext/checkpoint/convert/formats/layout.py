@@ -23,6 +23,8 @@ class Options:
         shard_bytes: largest file, unless one tensor is larger.
         mp: model-parallel ranks of DeepSeek's layout.
         tp, pp, ep: ranks of tensor, pipeline and expert parallelism (Megatron's legacy layout).
+        spec: layer spec whose names Megatron-Core's norms get: "te" or "local".
+        names: whose names the parameters of a universal checkpoint get: "megatron_ext" or "transformers".
         step: of the training, where the source says; set by the plan.
     """
 
@@ -31,6 +33,8 @@ class Options:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    spec: str = "te"
+    names: str = "megatron_ext"
     step: int | None = None
 
 

@@ -1,0 +1,62 @@
+"""Every ordered pair of formats, there and back, bit for bit; and the table that says so in docs/conversion.md."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.checkpoint.convert import FORMATS, make_plan, named, open_checkpoint, run
+from megatron_ext.checkpoint.convert.verify import verify
+from tests.checkpoint import matrix
+from tests.checkpoint.test_round_trips import MODELS
+from tests.checkpoint.tiny import equal, load, make
+
+NAMES = [format.name for format in FORMATS]
+PAIRS = list(itertools.product(NAMES, NAMES))
+
+
+def test_the_published_table_is_what_plans_say(tmp_path: Path) -> None:
+    assert matrix.published() == matrix.markdown(matrix.table(tmp_path))
+
+
+def chain(folder: Path, source: Path, formats: tuple[str, ...], dtype: str, cut: bool = True) -> Path:
+    """Converts through formats, each step verified; back to Hugging Face's in the end, into FP8 again if it was FP8."""
+    for number, name in enumerate((*formats, "hf")):
+        wanted = "fp8" if dtype == "fp8" and number == len(formats) else None
+        plan = make_plan(open_checkpoint(source), named(name), matrix.options(name) if cut else None, wanted)
+        run(plan, folder / f"{number}-{name}")
+        verify(plan, folder / f"{number}-{name}")
+        source = folder / f"{number}-{name}"
+    return source
+
+
+@pytest.mark.parametrize("number", range(len(MODELS)), ids=lambda n: "-".join(map(str, MODELS[n].values())))
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
+def test_every_pair_and_back(tmp_path: Path, number: int, dtype: str) -> None:
+    """All pairs are shared out over the models; with `-m slow` every model goes through every pair."""
+    source = make(tmp_path / "source", dtype, shards=2, layers=3, **MODELS[number])
+    original = load(source)
+    for pair in PAIRS[number::len(MODELS)]:
+        back = chain(tmp_path / "-".join(pair), source, pair, dtype, dtype != "fp8")  # blocks of 128 are not cut
+        assert equal(original, load(back)), pair
+        assert (source / "config.json").read_bytes() == (back / "config.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", MODELS, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_model_through_every_pair(tmp_path: Path, settings: dict[str, Any], pair: tuple[str, str]) -> None:
+    for dtype in ("bf16", "fp32", "fp8"):
+        source = make(tmp_path / dtype, dtype, layers=3, **settings)
+        back = chain(tmp_path / f"{dtype}-through", source, pair, dtype, dtype != "fp8")
+        assert equal(load(source), load(back))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_partial_blocks_through_every_pair(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """FP8 with 576 rows and 200 columns, so that the last blocks are partial."""
+    source = make(tmp_path / "source", "fp8", mtp=1, wide=True)
+    assert equal(load(source), load(chain(tmp_path, source, pair, "fp8")))
