@@ -142,7 +142,7 @@ def check_deepspeed_config(ds_config: Mapping[str, Any], section: MegatronExtCon
     for key, hint in _REMOVED.items():
         if key in ds_config:
             raise ConfigError(key, ds_config[key], "DeepSpeed has removed this section", hint)
-    for key in ("fp8", "kernels", "recompute", "router", "ema"):
+    for key in ("fp8", "kernels", "recompute", "router", "ema", "load"):
         if key in ds_config:  # DeepSpeed has no such sections, and ignores them
             raise ConfigError(key, ds_config[key], "is a section of megatron_ext", f"move it to megatron_ext.{key}")
     for key, (rule, hint) in _SWITCHES.items():
@@ -154,6 +154,7 @@ def check_deepspeed_config(ds_config: Mapping[str, Any], section: MegatronExtCon
                               "the ranks are divided into pipeline stages, replicas and experts")
     _check_pipeline(section)
     _check_recompute(section)
+    _check_load(section)
     _check_zero(ds_config)
     _check_numbers(ds_config)
     _check_moments(ds_config, section)
@@ -164,6 +165,13 @@ def _check_recompute(section: MegatronExtConfig) -> None:
     if "swiglu" in section.recompute and not section.fp8.enabled:
         raise ConfigError("megatron_ext.recompute", list(section.recompute), "swiglu is recomputed with FP8 only",
                           'set megatron_ext.fp8.enabled, or recompute "mlp"')
+
+
+def _check_load(section: MegatronExtConfig) -> None:
+    for key in ("format", "config", "optimizer", "follow_links"):
+        if section.load.path is None and section.load.given(key) is not None:
+            raise ConfigError(f"megatron_ext.load.{key}", section.load.given(key), "there is nothing to load",
+                              "set megatron_ext.load.from, or remove the key")
 
 
 def _check_pipeline(section: MegatronExtConfig) -> None:

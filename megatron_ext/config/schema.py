@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from megatron_ext.config.errors import ConfigError
 
@@ -87,6 +87,27 @@ class OptimizerSection(_Section):
         default=None, description='"bf16", "fp32" or null (the optimizer that DeepSpeed makes)')
 
 
+_From: Any = create_model("_From", __base__=_Section, **{"from": (str | None, Field(  # type: ignore[call-overload]
+    default=None, min_length=1, description="the folder of a checkpoint, or null (weights are drawn)"))})
+"""The one key that Python's syntax has another use for."""
+
+
+class LoadSection(_From):
+    format: Literal["hf", "deepseek", "deepspeed", "megatron", "megatron-legacy", "dcp"] | None = Field(
+        default=None, description='"hf", "deepseek", "deepspeed", "megatron", "megatron-legacy", "dcp" or null (found '
+        'out)')
+    config: str | None = Field(
+        default=None, min_length=1,
+        description="a Hugging Face config.json, the folder of one, or null (the checkpoint's own)")
+    optimizer: bool = Field(default=True, description="true or false")
+    follow_links: bool = Field(default=False, description="true or false")
+
+    @property
+    def path(self) -> str | None:
+        """The key `from`."""
+        return getattr(self, "from")
+
+
 class MegatronExtConfig(_Section):
     """The whole section. Made by `parse_section`, after which `expert_parallel.dispatch_dtype` is never None."""
 
@@ -98,6 +119,7 @@ class MegatronExtConfig(_Section):
     optimizer: OptimizerSection = Field(default=OptimizerSection(), description="an object")
     recompute: tuple[Literal["attention", "mlp", "rms_norm", "swiglu"], ...] = Field(
         default=(), strict=False, description='a list of "attention", "mlp", "rms_norm" and "swiglu"')
+    load: LoadSection = Field(default=LoadSection(), description="an object")
 
     def resolved(self) -> dict[str, Any]:
         """Every key with the value in force, as JSON would hold it: for records of a run and for checkpoints."""
@@ -106,7 +128,7 @@ class MegatronExtConfig(_Section):
 
 # What the design has and this version has not, so that the message can say so.
 _LATER_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    (): ("ema", "load"),
+    (): ("ema",),
     ("router",): ("sequence_loss",),
 }
 _LATER_VALUES: Mapping[tuple[str, ...], tuple[str, ...]] = {

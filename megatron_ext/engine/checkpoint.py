@@ -6,6 +6,7 @@ ranks together before the first weight is replaced; an error on one rank is rais
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
@@ -21,8 +22,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megatron_ext import __version__
 from megatron_ext.checkpoint import native
+from megatron_ext.checkpoint.convert.formats.layout import CONFIG
 from megatron_ext.checkpoint.native import CheckpointError
 from megatron_ext.data import MicroBatchLoader
+from megatron_ext.engine import elsewhere, restoring
+from megatron_ext.engine.elsewhere import SCHEDULED
+from megatron_ext.engine.foreign import FOREIGN, from_first_rank, load_foreign, look_at
 from megatron_ext.engine.gradients import is_expert
 from megatron_ext.engine.private import relink_optimizer_state
 from megatron_ext.optimizer import AdamW
@@ -31,10 +36,7 @@ from megatron_ext.parallel.placement import bidirectional
 
 log = logging.getLogger("megatron_ext")
 
-_PLACEMENT = {"stages": "megatron_ext.pipeline.stages", "replicas": "the number of ranks",
-              "expert_parallel": "megatron_ext.expert_parallel.size"}
-_SCHEDULED = ("lr", "betas", "momentum")
-"""What learning-rate schedulers set in an optimizer's parameter groups, for the step to come."""
+_NAMES = {"stages": "P", "replicas": "D", "expert_parallel": "expert parallelism"}
 
 
 class CheckpointMixin:
@@ -73,9 +75,14 @@ class CheckpointMixin:
                                 exclude_frozen_parameters=exclude_frozen_parameters)
         torch.save(self._rank_state(), folder / f"megatron_ext_rank_{groups.rank:05d}_states.pt")
         manifest = self._manifest(exclude_frozen_parameters)
+        if groups.rank == 0 and self.module.model_config is not None:  # what a conversion must know of the model
+            dtype = "bfloat16" if self.bfloat16_enabled() else "float32"
+            native.replace_file(folder / CONFIG, json.dumps(
+                {**self.module.model_config.to_hf(), "torch_dtype": dtype}, indent=2) + "\n")
         dist.barrier(group=groups.control)
         # One listing for all: what a rank sees of a network file system may be behind.
-        names = _gather(sorted(p.name for p in folder.iterdir() if p.suffix == ".pt"), groups.control)[0]
+        names = _gather(sorted(p.name for p in folder.iterdir() if p.suffix == ".pt" or p.name == CONFIG),
+                        groups.control)[0]
         world = dist.get_world_size()
         sums = _gather({n: native.sum_file(folder / n) for n in names[groups.rank::world]}, groups.control)
         if groups.rank == 0:
@@ -92,15 +99,25 @@ class CheckpointMixin:
         """What a later load must find the same, and what a person may want to know; collective."""
         return {"megatron_ext": __version__, "step": self.global_steps, "schedule": self.module.schedule,
                 "placement": self._placement(), "zero_stage": int(self.zero_optimization_stage()),
-                "bf16": bool(self.bfloat16_enabled()), "tensors": self._tensors(exclude_frozen),
+                "bf16": bool(self.bfloat16_enabled()), "tensors": self.tensors(exclude_frozen),
+                "optimizer": type(self.basic_optimizer).__name__, "scheduled": self._scheduled(),
                 "section": self.section.resolved()}
+
+    def _scheduled(self) -> list[dict[str, Any]]:
+        """What learning-rate schedulers have set, and of which parameters; collective."""
+        merged: dict[str, dict[str, Any]] = {}
+        for part in _gather(elsewhere.scheduled(self), self.process_groups.control):
+            for entry in part:
+                found = merged.setdefault(repr(entry["values"]), {"values": entry["values"], "parameters": []})
+                found["parameters"] += [name for name in entry["parameters"] if name not in found["parameters"]]
+        return list(merged.values())
 
     def _placement(self) -> dict[str, Any]:
         grid = self.process_groups.topology
         return {"stages": grid.stages, "replicas": grid.replicas, "expert_parallel": grid.expert_parallel,
                 "bounds": self.module.bounds, "ranks": self.module.placement}
 
-    def _tensors(self, exclude_frozen: bool = False) -> dict[str, str]:
+    def tensors(self, exclude_frozen: bool = False) -> dict[str, str]:
         """Names and shapes of the whole model, stacked experts with all of theirs; collective."""
         mine = {}
         for name, value in self.module.state_dict(keep_vars=True).items():
@@ -118,15 +135,16 @@ class CheckpointMixin:
                 "data": loader.state_dict() if self.is_first_stage() and hasattr(loader, "state_dict") else None,
                 "optimizer": self._optimizer_layout(), "schedule": self._choice_state(),
                 "dispatch": self._dispatch_state(),
-                "scheduled": [{k: group[k] for k in _SCHEDULED if k in group} for group in self._parameter_groups()]}
+                "scheduled": [{k: group[k] for k in SCHEDULED if k in group} for group in self._parameter_groups()]}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return getattr(self.basic_optimizer, "param_groups", [])
 
     def _optimizer_layout(self) -> dict[str, Any]:
-        """The optimizer's class, and the elements of each of its parameter groups on this rank."""
+        """The optimizer's class, and what each of its parameter groups holds on this rank, in elements and by name."""
         return {"type": type(self.basic_optimizer).__name__,
-                "groups": [sum(p.numel() for p in group["params"]) for group in self._parameter_groups()]}
+                "groups": [sum(p.numel() for p in group["params"]) for group in self._parameter_groups()],
+                "runs": restoring.fingerprint(restoring.slots_of(self))}
 
     def _save_moe_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any] | None = None,
                              exclude_frozen_parameters: bool = False) -> None:
@@ -160,49 +178,70 @@ class CheckpointMixin:
     def load_checkpoint(self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[str, dict[str, Any]]:
-        """Resumes; collective. With `"checkpoint": {"load_universal": true}` reads a universal checkpoint instead.
+        """Resumes; collective. Where the layout is that of the save, bit for bit.
 
-        A universal checkpoint holds no random state and no data position: training data start from the beginning.
+        In another layout (P, D, EP, schedule, chunks, ZeRO stage, offload) training goes on with the same optimizer
+        state and the same global batches; with another `train_batch_size` from the same sample on. Random generators of
+        the ranks are not restored there. With `"checkpoint": {"load_universal": true}` a universal checkpoint is read,
+        which holds no position in the training data: they start from the beginning. A folder of another program
+        (Hugging Face and the others of `megatron-ext convert`) is read as `megatron_ext.load` does.
 
         Returns:
             The path loaded and the caller's `client_state`.
 
         Raises:
-            CheckpointError: on all ranks, before anything is changed: missing, incomplete or damaged, not ours, of
-                another model or optimizer, or saved in another layout.
+            CheckpointError: on all ranks, before anything is changed: missing, incomplete or damaged, or of another
+                model or optimizer.
             DataError: likewise, if it holds a position in other training data.
         """
         control = self.process_groups.control
         directory = Path(load_dir)
         with_optimizer = load_optimizer_states and not load_module_only
-        state: dict[str, Any] = {}
-        if self.load_universal_checkpoint():
-            with agreed(control):
-                tag = self._check_universal(directory, tag)
-        else:
-            with agreed(control):
+        universal = self.load_universal_checkpoint()
+        if not universal and tag is None:
+            directory, tag, kind = from_first_rank(look_at(directory), control)
+            if kind == FOREIGN:
+                load_foreign(self, directory, optimizer=with_optimizer, schedule=load_lr_scheduler_states)
+                return str(directory), {}
+        tensors = self.tensors()
+        state: dict[str, Any] | None = None
+        with agreed(control):
+            if universal:
+                tag, moved = self._check_universal(directory, tag), ["universal"]
+            else:
                 tag = native.read_latest(directory) if tag is None else native.check_tag(str(tag))
                 manifest = native.read_manifest(directory / tag)
-                self._check_placement(directory / tag, manifest, with_optimizer)
+                moved = self._moved(directory / tag, manifest, with_optimizer)
                 native.check_files(directory / tag, manifest, self.process_groups.rank, dist.get_world_size())
-            tensors = self._tensors()
-            with agreed(control):
                 if load_module_strict and custom_load_fn is None:
                     native.check_tensors(directory / tag, manifest["tensors"], tensors)
-                state = self._load_rank_state(directory / tag, with_optimizer, load_module_only)
-            self._loading = directory / tag
+        if not universal:
+            with agreed(control):
+                state = self._load_rank_state(directory / tag, 0 if moved else self.process_groups.rank,
+                                              load_module_only)
+                moved += self._other_runs(directory / tag, state, with_optimizer) if not moved else []
+            moved = next((found for found in _gather(moved, control) if found), [])
+        if moved:
+            with agreed(control):
+                if custom_load_fn is not None:
+                    raise CheckpointError(directory / tag, f"was saved in another layout ({', '.join(moved)})",
+                                          "custom_load_fn is for the layout of the save")
+            client_state = elsewhere.resume(
+                self, directory, tag, strict=load_module_strict, optimizer=with_optimizer,
+                schedule=load_lr_scheduler_states, module_only=load_module_only, why=moved, rank_state=state)
+            if state is not None and not load_module_only:
+                self._restore_choices(state, manifest["placement"])
+            return str(directory / tag / f"mp_rank_{self.checkpoint_mp_rank:02d}_model_states.pt"), client_state
+        self._loading = directory / tag
         try:
-            path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
+            path, client_state = super().load_checkpoint(str(directory), tag, load_module_strict, load_optimizer_states,
                                                          load_lr_scheduler_states, load_module_only, custom_load_fn)
         finally:
             self._loading = None
         self._restore_weights(load_module_only)
-        if self.load_universal_checkpoint():
-            self._load_unoptimized(Path(path).parent)
-        elif not load_module_only:
+        if not load_module_only:
             self._restore_rank_state(state)
-            self._restore_choice(state.get("schedule"))
-            self._restore_dispatch(state.get("dispatch"))
+            self._restore_choices(state, self._placement())
             if load_lr_scheduler_states and self.lr_scheduler is not None:
                 # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
                 for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):
@@ -211,61 +250,57 @@ class CheckpointMixin:
 
     def _check_universal(self, directory: Path, tag: str | None) -> str:
         latest = directory / "latest_universal"
-        if self.has_moe_layers:
-            raise CheckpointError(directory, "this model has experts",
-                                  "universal checkpoints of models with experts are not available yet",
-                                  "resume in the layout of the save")
-        if not self.zero_optimization():
-            raise CheckpointError(directory, "this job has zero_optimization.stage = 0",
-                                  "a universal checkpoint is loaded under ZeRO-1 or 2")
         if tag is None and not latest.is_file():
             raise CheckpointError(directory, "there is no file 'latest_universal'",
                                   "no universal checkpoint was made here", "run ds_to_universal first")
-        tag = native.check_tag(latest.read_text().strip() if tag is None else str(tag))
-        for name, p in self.module.named_parameters():
-            path = directory / tag / "zero" / name / "fp32.pt"
-            if p.requires_grad and not path.is_file():
-                raise CheckpointError(path, "is missing", "this model has such a parameter")
-        return tag
+        return native.check_tag(latest.read_text().strip() if tag is None else str(tag))
 
-    def _check_placement(self, folder: Path, manifest: dict[str, Any], with_optimizer: bool) -> None:
-        saved, ours, grid = manifest["placement"], self._placement(), self.process_groups.topology
-        saved.setdefault("ranks", bidirectional(saved["stages"]))  # all there was before it was written down
-        for key, setting in _PLACEMENT.items():
-            if saved[key] != ours[key]:
-                raise CheckpointError(folder, f"was saved with {key} = {saved[key]}", f"this job has {ours[key]}",
-                                      f"change {setting} to resume")
-        if saved["ranks"] != ours["ranks"]:
-            then, now = (f"{len(ranks[0])} stages in {len(ranks)} direction{'s' * (len(ranks) > 1)}, the first ones on "
-                         f"ranks {ranks[0][:grid.stages + 1]}" for ranks in (saved["ranks"], ours["ranks"]))
-            raise CheckpointError(folder, f"was saved with {then} (schedule {manifest['schedule']!r})",
-                                  f"this job has {now} (schedule {self.module.schedule!r})",
-                                  "resume under a schedule of the same placement, with the same chunks")
-        if saved["bounds"] != ours["bounds"]:
-            raise CheckpointError(folder, f"its stages begin at layers {saved['bounds']}",
-                                  f"this model's at {ours['bounds']}", "the model or its partition_method is another")
-        settings = {"zero_optimization.stage": (manifest["zero_stage"], int(self.zero_optimization_stage())),
-                    "bf16.enabled": (manifest["bf16"], bool(self.bfloat16_enabled()))}
-        for key, (then, now) in settings.items():
-            if with_optimizer and then != now:
-                raise CheckpointError(folder, f"was saved with {key} = {then!r}", f"this job has {now!r}",
-                                      "use the setting of the save, or pass load_optimizer_states=False")
+    def _moved(self, folder: Path, manifest: dict[str, Any], with_optimizer: bool) -> list[str]:
+        """In what the layout of a save is another than ours, a few words each.
 
-    def _load_rank_state(self, folder: Path, with_optimizer: bool, module_only: bool) -> dict[str, Any]:
-        """This rank's own file, compared with the optimizer and the training data at hand."""
-        state = torch.load(folder / f"megatron_ext_rank_{self.process_groups.rank:05d}_states.pt", map_location="cpu",
-                           weights_only=True)
-        then, now = state["optimizer"], self._optimizer_layout()
+        Raises:
+            CheckpointError: it cannot be taken over.
+        """
+        then, now = bool(manifest["bf16"]), bool(self.bfloat16_enabled())
         if with_optimizer and then != now:
-            raise CheckpointError(folder, f"holds the state of {then['type']} on groups of {then['groups']} elements",
-                                  f"this job has {now['type']} on {now['groups']}",
-                                  "use the optimizer of the save, or pass load_optimizer_states=False")
+            raise CheckpointError(folder, f"was saved with bf16.enabled = {then!r}", f"this job has {now!r}",
+                                  "use the setting of the save, or pass load_optimizer_states=False")
+        saved, ours = manifest["placement"], self._placement()
+        saved.setdefault("ranks", bidirectional(saved["stages"]))  # all there was before it was written down
+        moved = [f"{name} {saved[key]} -> {ours[key]}" for key, name in _NAMES.items() if saved[key] != ours[key]]
+        if saved["ranks"] != ours["ranks"] and manifest["schedule"] != self.module.schedule:
+            moved.append(f"{manifest['schedule']} -> {self.module.schedule}")
+        if not moved and (saved["ranks"], saved["bounds"]) != (ours["ranks"], ours["bounds"]):
+            moved.append("stages on other ranks, or of other layers")
+        stages = manifest["zero_stage"], int(self.zero_optimization_stage())
+        if stages[0] != stages[1]:
+            moved.append(f"ZeRO {stages[0]} -> {stages[1]}")
+        return moved
+
+    def _load_rank_state(self, folder: Path, rank: int, module_only: bool) -> dict[str, Any]:
+        """What a rank saved of itself, compared with the training data at hand."""
+        state = torch.load(folder / f"megatron_ext_rank_{rank:05d}_states.pt", map_location="cpu", weights_only=True)
         loader = self.training_dataloader
         if isinstance(loader, MicroBatchLoader) and state["data"] is not None and not module_only:
             before = loader.state_dict()
             loader.load_state_dict(state["data"])  # to see whether it will do
             loader.load_state_dict(before)
         return state
+
+    def _other_runs(self, folder: Path, state: dict[str, Any], with_optimizer: bool) -> list[str]:
+        """Whether this rank steps other runs of parameters than in the save, where nothing else has changed.
+
+        Raises:
+            CheckpointError: the optimizer is another.
+        """
+        then, now = state["optimizer"], self._optimizer_layout()
+        if not with_optimizer or all(now[key] == value for key, value in then.items()):
+            return []
+        if not restoring.compatible(then, now):
+            raise CheckpointError(folder, f"holds the state of {then['type']} on groups of {then['groups']} elements",
+                                  f"this job has {now['type']} on {now['groups']}",
+                                  "use the optimizer of the save, or pass load_optimizer_states=False")
+        return [f"runs of parameters that {then['type']} steps on rank {self.process_groups.rank}"]
 
     def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Adds this rank's experts, from their own files, to the dense weights."""
@@ -291,8 +326,7 @@ class CheckpointMixin:
         if self.zero_optimization():
             if not module_only:
                 self.optimizer.update_lp_params()
-            if self.basic_optimizer.state:
-                relink_optimizer_state(self.optimizer)
+            relink_optimizer_state(self.optimizer)
         self.weight_cache.clear()
 
     def _restore_rank_state(self, state: dict[str, Any]) -> None:
@@ -311,14 +345,13 @@ class CheckpointMixin:
         elif isinstance(loader, MicroBatchLoader) and self.process_groups.rank == 0:
             log.warning("the checkpoint holds no position in the training data: they start from the beginning")
 
-    def _load_unoptimized(self, folder: Path) -> None:
-        """Buffers (router biases) and frozen weights live only in the model states, which a universal load skips."""
-        state = self.module.state_dict(keep_vars=True)
-        ours = {name: value for name, value in state.items() if not value.requires_grad}
-        for file in sorted(folder.glob("mp_rank_*_model_states.pt")):
-            saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
-            for name in ours.keys() & saved.keys():
-                ours[name].data.copy_(saved[name])
+    def _restore_choices(self, state: dict[str, Any], placement: dict[str, Any]) -> None:
+        """What was chosen by measuring, where it was measured on the same placement."""
+        ours = self._placement()
+        if placement["ranks"] == ours["ranks"]:
+            self._restore_choice(state.get("schedule"))
+        if placement["expert_parallel"] == ours["expert_parallel"]:
+            self._restore_dispatch(state.get("dispatch"))
 
 
 def _gather(value: Any, group: dist.ProcessGroup) -> list[Any]:

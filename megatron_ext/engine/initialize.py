@@ -21,6 +21,7 @@ from megatron_ext.config import ConfigError, MegatronExtConfig, check_deepspeed_
 from megatron_ext.config.rules import resolve_batch
 from megatron_ext.engine import private
 from megatron_ext.engine.engine import PipelineEngine
+from megatron_ext.engine.foreign import start_from
 from megatron_ext.engine.gradients import is_expert
 from megatron_ext.optimizer import AdamW
 from megatron_ext.parallel import PipelineUnit, agreed
@@ -46,6 +47,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
 
     Raises:
         ConfigError: on every rank, for the first rule that the config breaks; a DeepSpeed that is not 0.19.*.
+        CheckpointError: on every rank: `megatron_ext.load` names a checkpoint that is not whole, or of another model.
     """
     if config is None:
         config = config_params if config_params is not None else getattr(args, "deepspeed_config", None)
@@ -83,11 +85,13 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         ds_config.setdefault("zero_allow_untested_optimizer", True)
     optimizer = _with_expert_groups(optimizer, model)
     with patch.object(deepspeed, "DeepSpeedEngine", PipelineEngine):
-        return deepspeed.initialize(args=None, model=model, optimizer=optimizer, model_parameters=model_parameters,
+        made = deepspeed.initialize(args=None, model=model, optimizer=optimizer, model_parameters=model_parameters,
                                     training_data=training_data, lr_scheduler=lr_scheduler,
                                     distributed_port=distributed_port, mpu=PipelineUnit(groups),
                                     dist_init_required=dist_init_required, collate_fn=collate_fn, config=ds_config,
                                     mesh_param=mesh_param)
+    start_from(made[0], section.load)
+    return made
 
 
 def init_distributed(**kwargs: Any) -> None:

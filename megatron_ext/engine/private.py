@@ -66,6 +66,9 @@ ZERO_SOURCES = {
     "flatten": "what it returns",
     "update_lp_params": "copies the FP32 master weights to the model after a load",
     "single_partition_of_fp32_groups": "this rank's shard of the master weights",
+    "round_robin_bit16_groups": "the parameters of a group in the order in which they lie in the partitions",
+    "round_robin_bit16_offsets": "and where",
+    "real_dp_process_group": "over which a group is partitioned",
     "_hp_optimizer_states_linked": "reset after a load",
     "_lazy_init_hp_params_optimizer_state": "links the parameters to the loaded optimizer state",
 }
@@ -120,4 +123,5 @@ def register_expert_groups(name: str, parallel: Any, parallel_ranks: list[int], 
 def relink_optimizer_state(optimizer: Any) -> None:
     """Points DeepSpeed's per-parameter views of the optimizer state at the tensors that a load has put in place."""
     optimizer._hp_optimizer_states_linked = False
-    optimizer._lazy_init_hp_params_optimizer_state()
+    if optimizer.optimizer.state:  # otherwise the next step does it
+        optimizer._lazy_init_hp_params_optimizer_state()

@@ -63,6 +63,9 @@ class PipelineModule(nn.Module):
         chunks: stages of one direction on each rank, for schedules that interleave; taken from `config` if None.
         config: path or dict of the DeepSpeed config, to read P, schedule, chunks and the expert-parallel size from.
 
+    Attributes:
+        model_config: what the specs of a model of ours were made with (its `to_hf` gives a `config.json`), or None.
+
     Raises:
         ConfigError: sizes that cannot work, an argument that disagrees with `config`, layers that share parameters
             across ranks without a `TiedLayerSpec`; on every rank.
@@ -100,6 +103,8 @@ class PipelineModule(nn.Module):
         self._seed_fn = seed_fn
 
         specs = list(layers)
+        self.model_config = next((argument for spec in specs for argument in getattr(spec, "module_args", ())
+                                  if hasattr(argument, "to_hf")), None)
         grid = Topology.of_world(dist.get_world_size(), self.num_stages, section.expert_parallel.size,
                                  self._placement(section.pipeline.placement))
         self.bounds = partition(partition_method, [_type_name(s) for s in specs],

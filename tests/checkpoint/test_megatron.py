@@ -26,7 +26,7 @@ from tests.checkpoint.test_round_trips import MODELS
 from tests.checkpoint.tiny import convert, equal, load, make
 
 ROOT = Path(__file__).parents[2]
-WITH_MEGATRON = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None,
+WITH_MEGATRON = pytest.mark.skipif(importlib.util.find_spec("megatron") is None,
                                    reason="megatron-core is not installed: pip install -e '.[megatron]'")
 RANKS: list[dict[str, Any]] = [dict(tp=tp, pp=pp, ep=ep, spec=spec) for tp, pp, ep, spec in (
     (1, 1, 1, "local"), (2, 1, 1, "te"), (1, 2, 1, "te"), (1, 1, 2, "local"), (2, 2, 2, "te"), (2, 3, 1, "local"),
@@ -157,6 +157,18 @@ def test_what_the_options_cannot_do(tmp_path: Path) -> None:
             ("megatron-legacy", Options(ep=3), "does not divide 4 experts")):
         with pytest.raises(CheckpointError, match=words):
             make_plan(source, named(to), options)
+    settings: dict[str, Any] = dict(layers=3, family="v3")
+    mixed = tiny.tensors_of(tiny.config(**settings))
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tiny.save(tmp_path / "mixed", tiny.config(**settings), mixed | {name: mixed[name].float()})
+    for to in ("megatron", "megatron-legacy"):
+        with pytest.raises(CheckpointError, match=rf"tensor {name} is F32, and .* is BF16; .*holds both; .*--dtype"):
+            make_plan(open_checkpoint(tmp_path / "mixed"), named(to))
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    tiny.save(tmp_path / "experts", tiny.config(**settings), mixed | {name: mixed[name].float()})
+    with pytest.raises(CheckpointError, match=r"experts.linear_fc2.weight would be of BF16 and F32"):
+        make_plan(open_checkpoint(tmp_path / "experts"), named("megatron"))
+    convert(tmp_path / "experts", tmp_path / "there", "megatron-legacy")
     biased = open_checkpoint(make(tmp_path / "biased", attention_bias=True))
     for to in ("megatron", "megatron-legacy"):
         with pytest.raises(CheckpointError, match="has no such biases"):

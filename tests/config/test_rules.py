@@ -188,7 +188,15 @@ def test_swiglu_is_recomputed_with_fp8_only():
         check_deepspeed_config({}, parse_section({"megatron_ext": {"recompute": ["swiglu"]}}))
 
 
-@pytest.mark.parametrize("key", ["fp8", "kernels", "recompute"])
+@pytest.mark.parametrize(("key", "value"), [("format", "hf"), ("config", "x"), ("optimizer", False),
+                                           ("follow_links", True)])
+def test_how_to_load_means_nothing_without_what(key, value):
+    check_deepspeed_config({}, parse_section({"megatron_ext": {"load": {"from": "x", key: value}}}))
+    with pytest.raises(ConfigError, match=rf"megatron_ext.load.{key} = .*: there is nothing to load; set .*load.from"):
+        check_deepspeed_config({}, parse_section({"megatron_ext": {"load": {key: value}}}))
+
+
+@pytest.mark.parametrize("key", ["fp8", "kernels", "recompute", "load"])
 def test_our_sections_outside_of_ours_are_refused(key: str):
     """DeepSpeed would ignore them, and training would go on without."""
     with pytest.raises(ConfigError, match=rf"{key} = .* is a section of megatron_ext; move it to megatron_ext\.{key}"):

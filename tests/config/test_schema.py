@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from megatron_ext.checkpoint.convert.formats import FORMATS
 from megatron_ext.config import ConfigError, MegatronExtConfig, parse_section
 from megatron_ext.config.schema import SCHEDULES
 from megatron_ext.pipeline.schedules import NAMES
@@ -38,6 +39,7 @@ def test_defaults_without_a_section():
         "router": {"balancing": "aux_loss_free", "bias_update_speed": 0.001},
         "optimizer": {"moment_dtype": None},
         "recompute": [],
+        "load": {"from": None, "format": None, "config": None, "optimizer": True, "follow_links": False},
     }
 
 
@@ -52,6 +54,8 @@ def test_every_key_can_be_set_and_the_record_reads_back():
         "router": {"balancing": "none", "bias_update_speed": 0},
         "optimizer": {"moment_dtype": "bf16"},
         "recompute": ["attention"],
+        "load": {"from": "runs/v3", "format": "hf", "config": "runs/config.json", "optimizer": False,
+                 "follow_links": True},
     }
     resolved = parse(section).resolved()
     assert resolved == section
@@ -107,6 +111,12 @@ def test_a_config_is_frozen():
     ({"recompute": "mlp"}, 'megatron_ext.recompute = \'mlp\': must be a list of "attention", "mlp", "rms_norm" and'),
     ({"recompute": ["attention", "mpl"]}, 'megatron_ext.recompute.1 = \'mpl\': must be a list of "attention"'),
     ({"kernels": {"backend": "tritn"}}, "megatron_ext.kernels.backend = 'tritn': must be \"auto\", \"cuda\", "),
+    ({"load": "x"}, "megatron_ext.load = 'x': must be an object"),
+    ({"load": {"from": ""}}, "megatron_ext.load.from = '': must be the folder of a checkpoint, or null"),
+    ({"load": {"from": ["x"]}}, "megatron_ext.load.from = ['x']: must be the folder of a checkpoint"),
+    ({"load": {"from": "x", "format": "dpc"}}, "megatron_ext.load.format = 'dpc': must be \"hf\", \"deepseek\", "),
+    ({"load": {"from": "x", "optimizer": "keep"}}, "megatron_ext.load.optimizer = 'keep': must be true or false"),
+    ({"load": {"from": "x", "config": 3}}, "megatron_ext.load.config = 3: must be a Hugging Face config.json"),
     ({"pipeline": 4}, "megatron_ext.pipeline = 4: must be an object"),
     ({"fp8": True}, "megatron_ext.fp8 = True: must be an object"),
     (None, "megatron_ext = None: must be an object"),
@@ -121,7 +131,6 @@ def test_a_wrong_value_names_its_key_and_what_it_must_be(section, expected):
     ({"router": {"sequence_loss": 0.0001}}, "megatron_ext.router.sequence_loss", 0.0001),
     ({"recompute": ["mlp", "mla_up_projection"]}, "megatron_ext.recompute.1", "mla_up_projection"),
     ({"ema": {"decay": 0.999}}, "megatron_ext.ema", {"decay": 0.999}),
-    ({"load": "x"}, "megatron_ext.load", "x"),
 ])
 def test_what_comes_later_is_refused_as_such(section, key, value):
     assert message(section).startswith(f"{key} = {value!r}: is not available yet")
@@ -136,6 +145,9 @@ def test_what_comes_later_is_refused_as_such(section, key, value):
     ({"pipeline": {"chunk": 1}}, "megatron_ext.pipeline.chunks"),
     ({"pipeline": {"overlaps": True}}, "megatron_ext.pipeline.overlap"),
     ({"pipeline": {"###": 1}}, "megatron_ext.pipeline.schedule"),
+    ({"load": {"path": "x"}}, "megatron_ext.pipeline.placement"),
+    ({"load": {"fron": "x"}}, "megatron_ext.load.from"),
+    ({"loads": {}}, "megatron_ext.load"),
 ])
 def test_an_unknown_key_gets_the_nearest_name(section, nearest):
     assert message(section).endswith(f"; the nearest name is {nearest}")
@@ -159,6 +171,13 @@ def test_the_schedules_are_those_that_there_are():
     assert message({"pipeline": {"schedule": "dualpip"}}).endswith('; did you mean "dualpipe"?')
     for name in SCHEDULES:
         assert parse({"pipeline": {"schedule": name}}).pipeline.schedule == name
+
+
+def test_the_formats_to_load_are_those_that_there_are():
+    for format in FORMATS:
+        assert parse({"load": {"from": "x", "format": format.name}}).load.path == "x"
+    said = message({"load": {"from": "x", "format": "safetensors"}})
+    assert said.count('"') == 2 * len(FORMATS)
 
 
 def test_the_first_mistake_of_the_file_is_reported():
