@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint.convert import Options, journal, make_plan, named, open_checkpoint, run, work
+from megatron_ext.checkpoint.convert import FORMATS, Options, journal, make_plan, named, open_checkpoint, run, work
 from megatron_ext.checkpoint.convert import dtype as numbers
 from megatron_ext.checkpoint.convert.source import MANIFEST
 from megatron_ext.checkpoint.convert.verify import verify
@@ -30,7 +30,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 def start(source: Path, destination: Path, to: str = "hf", workers: int = 1) -> None:
-    plan = make_plan(open_checkpoint(source), named(to), Options(SHARD) if to == "hf" else Options(mp=2), "bf16")
+    options = {"deepseek": Options(mp=2), "megatron-legacy": Options(tp=2, ep=2), "deepspeed": Options()}
+    plan = make_plan(open_checkpoint(source), named(to), options.get(to, Options(SHARD)), "bf16")
     run(plan, destination, workers)
 
 
@@ -65,13 +66,13 @@ def check_kills(source: Path, tmp_path: Path, times: int, to: str) -> None:
     assert in_time >= times / 4
 
 
-@pytest.mark.parametrize("to", ["hf", "deepseek"])
+@pytest.mark.parametrize("to", ["hf", "megatron-legacy"])
 def test_killed_at_any_moment_it_goes_on(source: Path, tmp_path: Path, to: str) -> None:
     check_kills(source, tmp_path, 3, to)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["hf", "deepseek"])
+@pytest.mark.parametrize("to", [format.name for format in FORMATS])
 def test_killed_at_thirty_moments_it_goes_on(source: Path, tmp_path: Path, to: str) -> None:
     check_kills(source, tmp_path, 30, to)
 

@@ -99,7 +99,7 @@ class Folder:
     def _why(self, name: str, error: OSError) -> tuple[str, str | None, str | None]:
         paths = [self.path.joinpath(*name.split("/")[:n + 1]) for n in range(name.count("/") + 1)]
         if any(path.is_symlink() for path in paths) and not self.follow_links:
-            return "is a symbolic link", "links are not followed", "if you trust where it leads, pass --follow-links"
+            return "is a symbolic link", "links are not followed", "if you trust where it leads, pass --follow-links (load.follow_links)"
         if isinstance(error, FileNotFoundError):
             return "does not exist", None, None
         return f"cannot be read: {error.strerror}", None, None
