@@ -1,8 +1,8 @@
 // SwiGLU and RMSNorm with the quantisation of their results, as kernels/reference/activation.py specifies, bit for bit:
 // FP32, one rounding an operation (the file is compiled without contraction), exp spelled out.
 //
-// FP32 and BF16 tensors, row-major; `.._bf16` != 0 says which a tensor is, and `bf16` what results are rounded to before
-// they are quantised. Formats, ranges and `portable` as in quantize.cpp.
+// FP32 and BF16 tensors, row-major; `.._bf16` != 0 says which a tensor is, and `bf16` what results are rounded to
+// before they are quantised. Formats, units, `lanes` and `threads` as in quantize.cpp.
 
 #include "columns.h"
 
@@ -49,13 +49,14 @@ double squares_portable(const float* x) {
 
 void normalise_portable(const float* x, float rstd, const float* weight, bool bf16, float* y) {
   for (int i = 0; i < kTile; ++i) y[i] = x[i] * rstd;
-  if (bf16) round_bf16_portable(y);
+  if (bf16) portable::round_bf16(y);
   for (int i = 0; i < kTile; ++i) y[i] = weight[i] * y[i];
 }
 
 // ---- AVX2 loops ---------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
+using avx2::as_bits, avx2::as_numbers, avx2::load8;
 
 MEXT_AVX2 inline __m256 exp_lanes(__m256 x) {
   // min and max return their second operand where one is NaN.
@@ -109,7 +110,7 @@ MEXT_AVX2 double squares_avx2(const float* x) {
 MEXT_AVX2 void normalise_avx2(const float* x, float rstd, const float* weight, bool bf16, float* y) {
   const __m256 factor = _mm256_set1_ps(rstd);
   for (int i = 0; i < kTile; i += 8) _mm256_storeu_ps(y + i, _mm256_mul_ps(load8(x + i), factor));
-  if (bf16) round_bf16_avx2(y);
+  if (bf16) avx2::round_bf16(y);
   for (int i = 0; i < kTile; i += 8) _mm256_storeu_ps(y + i, _mm256_mul_ps(load8(weight + i), load8(y + i)));
 }
 
@@ -122,45 +123,47 @@ struct Activations {
   void (*normalise)(const float*, float, const float*, bool, float*);
 };
 
-Activations activations_of(int portable) {
+Activations activations_of(int lanes) {
 #if defined(__x86_64__)
-  if (!portable && has_avx2()) return {swiglu_avx2, swiglu_backward_avx2, squares_avx2, normalise_avx2};
+  if (lanes >= avx2::kLanes && has_avx2()) return {swiglu_avx2, swiglu_backward_avx2, squares_avx2, normalise_avx2};
 #endif
   return {swiglu_portable, swiglu_backward_portable, squares_portable, normalise_portable};
 }
 
 }  // namespace
 
-// gate, up, y: [tokens, columns]; scale: [tokens, ceil(columns / 128)]. A unit is a token.
+// gate, up, y: [tokens, columns]; scale: [tokens, ceil(columns / 128)].
 extern "C" void mext_swiglu_quantize(const void* gate, const void* up, int gate_bf16, int up_bf16, uint8_t* y,
-                                     float* scale, int64_t first, int64_t last, int64_t columns, int e5m2,
-                                     int power_of_two, int portable) {
-  const Loops loops = loops_of(e5m2, portable);
-  const Activations activations = activations_of(portable);
+                                     float* scale, int64_t tokens, int64_t columns, int e5m2, int power_of_two,
+                                     int lanes, int threads) {
+  const Loops loops = loops_of(e5m2, lanes);
+  const Activations activations = activations_of(lanes);
   const int64_t tiles = (columns + kTile - 1) / kTile;
-  float gates[kTile], ups[kTile], h[kTile];
-  for (int64_t t = first; t < last; ++t)
-    for (int64_t column = 0; column < columns; column += kTile) {
-      const int64_t width = std::min<int64_t>(kTile, columns - column), offset = t * columns + column;
-      activations.swiglu(load_tile(loops, gate, gate_bf16, offset, width, gates),
-                         load_tile(loops, up, up_bf16, offset, width, ups), h);
-      if (gate_bf16) loops.round_bf16(h);
-      quantize_tile(loops, h, power_of_two != 0, y + offset, scale + t * tiles + column / kTile, width);
-    }
+  mext::in_parallel(tokens, threads, [&](int64_t first, int64_t last) {
+    float gates[kTile], ups[kTile], h[kTile];
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t column = 0; column < columns; column += kTile) {
+        const int64_t width = std::min<int64_t>(kTile, columns - column), offset = t * columns + column;
+        activations.swiglu(load_tile(loops, gate, gate_bf16, offset, width, gates),
+                           load_tile(loops, up, up_bf16, offset, width, ups), h);
+        if (gate_bf16) loops.round_bf16(h);
+        quantize_tile(loops, h, power_of_two != 0, y + offset, scale + t * tiles + column / kTile, width);
+      }
+  });
 }
 
-// dh, gate, up: [tokens, columns]; outputs of dgate and dup as those of mext_quantize_columns. A unit is 128 columns.
+// dh, gate, up: [tokens, columns]; outputs of dgate and dup as those of mext_quantize_columns.
 extern "C" void mext_swiglu_backward_quantize(
     const void* dh, const void* gate, const void* up, int dh_bf16, int gate_bf16, int up_bf16, uint8_t* dgate,
     float* dgate_scale, uint8_t* dgate_t, float* dgate_scale_t, uint8_t* dup, float* dup_scale, uint8_t* dup_t,
-    float* dup_scale_t, int64_t first, int64_t last, int64_t tokens, int64_t columns, const int64_t* sizes,
-    int64_t groups, int64_t y_stride, int64_t scale_stride, int e5m2, int power_of_two, int portable) {
-  const Loops loops = loops_of(e5m2, portable);
-  const Activations activations = activations_of(portable);
+    float* dup_scale_t, int64_t tokens, int64_t columns, const int64_t* sizes, int64_t groups, int64_t y_stride,
+    int64_t scale_stride, int e5m2, int power_of_two, int lanes, int threads) {
+  const Loops loops = loops_of(e5m2, lanes);
+  const Activations activations = activations_of(lanes);
   const int64_t tiles = (columns + kTile - 1) / kTile;
-  float dhs[kTile], gates[kTile], ups[kTile];
   const auto load = [&](int64_t t, int64_t column, int64_t width, float* const* buffers, const float** rows) {
     const int64_t offset = t * columns + column, tile = t * tiles + column / kTile;
+    float dhs[kTile], gates[kTile], ups[kTile];
     activations.swiglu_backward(load_tile(loops, dh, dh_bf16, offset, width, dhs),
                                 load_tile(loops, gate, gate_bf16, offset, width, gates),
                                 load_tile(loops, up, up_bf16, offset, width, ups), buffers[0], buffers[1]);
@@ -173,31 +176,33 @@ extern "C" void mext_swiglu_backward_quantize(
   };
   const Transposed to[2] = {{dgate_t, dgate_scale_t, y_stride, scale_stride, power_of_two != 0},
                             {dup_t, dup_scale_t, y_stride, scale_stride, power_of_two != 0}};
-  quantize_columns<2>(loops, load, to, first, last, tokens, columns, {sizes, groups});
+  quantize_columns<2>(loops, load, to, tokens, columns, {sizes, groups}, threads);
 }
 
-// x, y: [rows, columns]; weight: [columns] FP32; scale: [rows, ceil(columns / 128)]; rstd: [rows]. A unit is a row.
+// x, y: [rows, columns]; weight: [columns] FP32; scale: [rows, ceil(columns / 128)]; rstd: [rows].
 extern "C" void mext_rms_norm_quantize(const void* x, int bf16, const float* weight, float eps, uint8_t* y,
-                                       float* scale, float* rstd, int64_t first, int64_t last, int64_t columns,
-                                       int e5m2, int power_of_two, int portable) {
-  const Loops loops = loops_of(e5m2, portable);
-  const Activations activations = activations_of(portable);
+                                       float* scale, float* rstd, int64_t rows, int64_t columns, int e5m2,
+                                       int power_of_two, int lanes, int threads) {
+  const Loops loops = loops_of(e5m2, lanes);
+  const Activations activations = activations_of(lanes);
   const int64_t tiles = (columns + kTile - 1) / kTile;
-  float numbers[kTile], weights[kTile], normed[kTile];
-  for (int64_t row = first; row < last; ++row) {
-    double sum = 0;
-    for (int64_t column = 0; column < columns; column += kTile) {
-      const int64_t width = std::min<int64_t>(kTile, columns - column);
-      sum += activations.squares(load_tile(loops, x, bf16, row * columns + column, width, numbers));
+  mext::in_parallel(rows, threads, [&](int64_t first, int64_t last) {
+    float numbers[kTile], weights[kTile], normed[kTile];
+    for (int64_t row = first; row < last; ++row) {
+      double sum = 0;
+      for (int64_t column = 0; column < columns; column += kTile) {
+        const int64_t width = std::min<int64_t>(kTile, columns - column);
+        sum += activations.squares(load_tile(loops, x, bf16, row * columns + column, width, numbers));
+      }
+      const float mean = static_cast<float>(sum / static_cast<double>(columns));
+      rstd[row] = 1.f / std::sqrt(mean + eps);
+      for (int64_t column = 0; column < columns; column += kTile) {
+        const int64_t width = std::min<int64_t>(kTile, columns - column), offset = row * columns + column;
+        activations.normalise(load_tile(loops, x, bf16, offset, width, numbers), rstd[row],
+                              load_tile(loops, weight, 0, column, width, weights), bf16 != 0, normed);
+        if (bf16) loops.round_bf16(normed);
+        quantize_tile(loops, normed, power_of_two != 0, y + offset, scale + row * tiles + column / kTile, width);
+      }
     }
-    const float mean = static_cast<float>(sum / static_cast<double>(columns));
-    rstd[row] = 1.f / std::sqrt(mean + eps);
-    for (int64_t column = 0; column < columns; column += kTile) {
-      const int64_t width = std::min<int64_t>(kTile, columns - column), offset = row * columns + column;
-      activations.normalise(load_tile(loops, x, bf16, offset, width, numbers), rstd[row],
-                            load_tile(loops, weight, 0, column, width, weights), bf16 != 0, normed);
-      if (bf16) loops.round_bf16(normed);
-      quantize_tile(loops, normed, power_of_two != 0, y + offset, scale + row * tiles + column / kTile, width);
-    }
-  }
+  });
 }

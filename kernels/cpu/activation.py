@@ -1,7 +1,7 @@
 """SwiGLU and RMSNorm with quantisation on a CPU through kernels/cpu/activation.cpp: the reference, bit for bit.
 
 Signatures and shapes are those of kernels/reference/activation.py. What rounds to FP16 or FP64 is left to that.
-`portable=True` forces the loops without AVX2.
+`lanes` forces narrower loops, for tests: 8 for AVX2, 1 for the portable ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.cpu.library import empty, function, in_chunks
+from megatron_ext.kernels.cpu.library import WIDEST, function, threads_for
+from megatron_ext.kernels.cpu.memory import empty
 from megatron_ext.kernels.cpu.quantize import GRAIN, Columns, empty_rows, is_bf16, readable
 from megatron_ext.kernels.layout import require
 from megatron_ext.kernels.reference import activation as reference
@@ -21,7 +22,7 @@ _ROUNDED = (torch.float32, torch.bfloat16)
 
 
 def swiglu_quantize(
-    gate: Tensor, up: Tensor, power_of_two: bool = True, format: str = "e4m3", *, portable: bool = False
+    gate: Tensor, up: Tensor, power_of_two: bool = True, format: str = "e4m3", *, lanes: int = WIDEST
 ) -> tuple[Tensor, Tensor]:
     """See `reference.activation.swiglu_quantize`."""
     if gate.dtype not in _ROUNDED:
@@ -29,14 +30,10 @@ def swiglu_quantize(
     require(gate.shape == up.shape, f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     gate, up = readable(gate), readable(up)
     (tokens, columns), (data, scale) = gate.shape, empty_rows(gate.shape, format)
-    kernel = function("mext_swiglu_quantize", *[c_void_p] * 2, *[c_int] * 2, *[c_void_p] * 2, *[c_int64] * 3,
-                      *[c_int] * 3)  # fmt: skip
-
-    def body(first: int, last: int) -> None:
-        kernel(gate.data_ptr(), up.data_ptr(), is_bf16(gate), is_bf16(up), data.data_ptr(), scale.data_ptr(),
-               first, last, columns, format == "e5m2", power_of_two, portable)  # fmt: skip
-
-    in_chunks(tokens, GRAIN // max(columns, 1), body)
+    kernel = function("mext_swiglu_quantize", *[c_void_p] * 2, *[c_int] * 2, *[c_void_p] * 2, *[c_int64] * 2,
+                      *[c_int] * 4)  # fmt: skip
+    kernel(gate.data_ptr(), up.data_ptr(), is_bf16(gate), is_bf16(up), data.data_ptr(), scale.data_ptr(), tokens,
+           columns, format == "e5m2", power_of_two, lanes, threads_for(gate.numel(), GRAIN))  # fmt: skip
     return data, scale
 
 
@@ -48,7 +45,7 @@ def swiglu_backward_quantize(
     format: str = "e4m3",
     group_sizes: Sequence[int] | Tensor | None = None,
     *,
-    portable: bool = False,
+    lanes: int = WIDEST,
 ) -> tuple[Tensor, ...]:
     """See `reference.activation.swiglu_backward_quantize`."""
     if dh.dtype not in _ROUNDED:
@@ -60,19 +57,15 @@ def swiglu_backward_quantize(
         (empty_rows(dh.shape, format), Columns.room(dh.shape, format, group_sizes)) for _ in range(2)
     )
     outputs = *dgate, dgate_t.data, dgate_t.scale, *dup, dup_t.data, dup_t.scale
-    kernel = function("mext_swiglu_backward_quantize", *[c_void_p] * 3, *[c_int] * 3, *[c_void_p] * 8, *[c_int64] * 4,
-                      c_void_p, *[c_int64] * 3, *[c_int] * 3)  # fmt: skip
-
-    def body(first: int, last: int) -> None:
-        kernel(*(t.data_ptr() for t in inputs), *(is_bf16(t) for t in inputs), *(t.data_ptr() for t in outputs),
-               first, last, *dgate_t.sizes, format == "e5m2", power_of_two, portable)  # fmt: skip
-
-    dgate_t.run(body)
+    kernel = function("mext_swiglu_backward_quantize", *[c_void_p] * 3, *[c_int] * 3, *[c_void_p] * 8, *[c_int64] * 2,
+                      c_void_p, *[c_int64] * 3, *[c_int] * 4)  # fmt: skip
+    kernel(*(t.data_ptr() for t in inputs), *(is_bf16(t) for t in inputs), *(t.data_ptr() for t in outputs),
+           *dgate_t.sizes, format == "e5m2", power_of_two, lanes, threads_for(dh.numel(), GRAIN))  # fmt: skip
     return outputs
 
 
 def rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, power_of_two: bool = True, format: str = "e4m3", *, portable: bool = False
+    x: Tensor, weight: Tensor, eps: float, power_of_two: bool = True, format: str = "e4m3", *, lanes: int = WIDEST
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.activation.rms_norm_quantize`."""
     if x.dtype not in _ROUNDED:
@@ -81,12 +74,8 @@ def rms_norm_quantize(
     x, weight = readable(x), weight.detach().float().contiguous()
     (rows, columns), (data, scale) = x.shape, empty_rows(x.shape, format)
     rstd = empty((rows,))
-    kernel = function("mext_rms_norm_quantize", c_void_p, c_int, c_void_p, c_float, *[c_void_p] * 3, *[c_int64] * 3,
-                      *[c_int] * 3)  # fmt: skip
-
-    def body(first: int, last: int) -> None:
-        kernel(x.data_ptr(), is_bf16(x), weight.data_ptr(), eps, data.data_ptr(), scale.data_ptr(), rstd.data_ptr(),
-               first, last, columns, format == "e5m2", power_of_two, portable)  # fmt: skip
-
-    in_chunks(rows, GRAIN // max(columns, 1), body)
+    kernel = function("mext_rms_norm_quantize", c_void_p, c_int, c_void_p, c_float, *[c_void_p] * 3, *[c_int64] * 2,
+                      *[c_int] * 4)  # fmt: skip
+    kernel(x.data_ptr(), is_bf16(x), weight.data_ptr(), eps, data.data_ptr(), scale.data_ptr(), rstd.data_ptr(), rows,
+           columns, format == "e5m2", power_of_two, lanes, threads_for(x.numel(), GRAIN))  # fmt: skip
     return data, scale, rstd

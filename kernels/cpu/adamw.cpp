@@ -1,8 +1,10 @@
 // One AdamW step on a CPU, as kernels/reference/adamw.py specifies, bit for bit.
 //
-// Plain C ABI, no torch headers. The caller cuts a tensor into ranges [first, last) for its own threads. Parameters,
-// gradients and moments are each FP32 or BF16; the arithmetic is FP32 with one rounding an operation: no fused
-// multiply-add, which is why the AVX2 loop does not ask for "fma". `portable` != 0 forces the other loop, for tests.
+// Plain C ABI, no torch headers. Parameters, gradients and moments are each FP32 or BF16; the arithmetic is FP32 with
+// one rounding an operation: no fused multiply-add, which is why the AVX2 loop does not ask for "fma". `lanes` below 8
+// forces the other loop, for tests.
+
+#include "parallel.h"
 
 #include <cmath>
 #include <cstdint>
@@ -107,12 +109,12 @@ MEXT_AVX2 void step_avx2(P* param, const G* grad, M* exp_avg, M* exp_avg_sq, int
 
 template <class P, class G, class M>
 void step(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, int64_t first, int64_t last,
-          const Scalars& s, bool portable) {
+          const Scalars& s, int lanes) {
   auto* p = static_cast<P*>(param);
   auto* g = static_cast<const G*>(grad);
   auto *m = static_cast<M*>(exp_avg), *v = static_cast<M*>(exp_avg_sq);
 #if defined(__x86_64__)
-  if (!portable && __builtin_cpu_supports("avx2")) return step_avx2(p, g, m, v, first, last, s);
+  if (lanes >= 8 && __builtin_cpu_supports("avx2")) return step_avx2(p, g, m, v, first, last, s);
 #endif
   step_portable(p, g, m, v, first, last, s);
 }
@@ -129,14 +131,16 @@ void choose_grad(int grad_bf16, int moments_bf16, Rest... rest) {
 
 }  // namespace
 
-// param, grad, exp_avg, exp_avg_sq: dense arrays of one length, of which [first, last) is updated in place.
-extern "C" void mext_adamw(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, int64_t first, int64_t last,
+// param, grad, exp_avg, exp_avg_sq: dense arrays of `count` numbers, updated in place on `threads` threads.
+extern "C" void mext_adamw(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, int64_t count,
                            int param_bf16, int grad_bf16, int moments_bf16, float beta1, float new1, float beta2,
                            float new2, float eps, float decay, float l2, float step_size, float rescale,
-                           int portable) {
+                           int lanes, int threads) {
   const Scalars s{beta1, new1, beta2, new2, eps, decay, l2, step_size, rescale};
-  if (param_bf16)
-    choose_grad<BF16>(grad_bf16, moments_bf16, param, grad, exp_avg, exp_avg_sq, first, last, s, portable != 0);
-  else
-    choose_grad<float>(grad_bf16, moments_bf16, param, grad, exp_avg, exp_avg_sq, first, last, s, portable != 0);
+  mext::in_parallel(count, threads, [&](int64_t first, int64_t last) {
+    if (param_bf16)
+      choose_grad<BF16>(grad_bf16, moments_bf16, param, grad, exp_avg, exp_avg_sq, first, last, s, lanes);
+    else
+      choose_grad<float>(grad_bf16, moments_bf16, param, grad, exp_avg, exp_avg_sq, first, last, s, lanes);
+  });
 }

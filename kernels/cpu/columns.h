@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fp8.h"
+#include "parallel.h"
 
 namespace {
 
@@ -58,40 +59,47 @@ inline void write_nothing(const Transposed& to, int64_t column, int64_t width, i
   }
 }
 
-// Quantises `N` matrices [tokens, columns] along their columns. `load(token, column, width, buffers, rows)` points rows[n]
-// at 128 numbers of the n-th matrix, for which there is room at buffers[n]. A unit of [first, last) is 128 columns.
+// `width` <= 128 columns of what quantize_columns does, in the room of `squares`.
 template <int N, class Load>
-void quantize_columns(const Loops& loops, Load load, const Transposed (&to)[N], int64_t first, int64_t last,
-                      int64_t tokens, int64_t columns, Groups groups) {
-  alignas(64) Square squares[N];
-  for (int64_t column = first * kTile; column < std::min(last * kTile, columns); column += kTile) {
-    const int64_t width = std::min<int64_t>(kTile, columns - column);
-    int64_t begin = 0;
-    for (int64_t e = 0; e < groups.count; ++e) {
-      const int64_t end = begin + (groups.sizes ? groups.sizes[e] : tokens);
-      const int64_t origin = groups.sizes ? (begin / kTile + e) * kTile : 0;
-      for (int64_t t0 = begin; t0 < end; t0 += kTile) {
-        const int64_t height = std::min<int64_t>(kTile, end - t0);
-        for (Square& square : squares) std::fill(square.amax, square.amax + kTile, 0u);
-        for (int64_t t = 0; t < height; ++t) {
-          float* buffers[N];
-          const float* rows[N];
-          for (int n = 0; n < N; ++n) buffers[n] = squares[n].numbers + t * kTile;
-          load(t0 + t, column, width, buffers, rows);
-          for (int n = 0; n < N; ++n) {
-            squares[n].rows[t] = rows[n];
-            loops.column_amax(rows[n], squares[n].amax);
-          }
+void quantize_column(const Loops& loops, Load load, const Transposed (&to)[N], int64_t column, int64_t width,
+                     int64_t tokens, Groups groups, Square (&squares)[N]) {
+  int64_t begin = 0;
+  for (int64_t e = 0; e < groups.count; ++e) {
+    const int64_t end = begin + (groups.sizes ? groups.sizes[e] : tokens);
+    const int64_t origin = groups.sizes ? (begin / kTile + e) * kTile : 0;
+    for (int64_t t0 = begin; t0 < end; t0 += kTile) {
+      const int64_t height = std::min<int64_t>(kTile, end - t0);
+      for (Square& square : squares) std::fill(square.amax, square.amax + kTile, 0u);
+      for (int64_t t = 0; t < height; ++t) {
+        float* buffers[N];
+        const float* rows[N];
+        for (int n = 0; n < N; ++n) buffers[n] = squares[n].numbers + t * kTile;
+        load(t0 + t, column, width, buffers, rows);
+        for (int n = 0; n < N; ++n) {
+          squares[n].rows[t] = rows[n];
+          loops.column_amax(rows[n], squares[n].amax);
         }
-        for (int n = 0; n < N; ++n)
-          write_columns(loops, squares[n], height, width, column, origin + t0 - begin, to[n]);
       }
-      if (groups.sizes)
-        for (const Transposed& result : to)
-          write_nothing(result, column, width, origin + end - begin, (end / kTile + e + 1) * kTile);
-      begin = end;
+      for (int n = 0; n < N; ++n)
+        write_columns(loops, squares[n], height, width, column, origin + t0 - begin, to[n]);
     }
+    if (groups.sizes)
+      for (const Transposed& result : to)
+        write_nothing(result, column, width, origin + end - begin, (end / kTile + e + 1) * kTile);
+    begin = end;
   }
+}
+
+// Quantises `N` matrices [tokens, columns] along their columns. `load(token, column, width, buffers, rows)` points
+// rows[n] at 128 numbers of the n-th matrix, for which there is room at buffers[n]; several threads call it at once.
+template <int N, class Load>
+void quantize_columns(const Loops& loops, Load load, const Transposed (&to)[N], int64_t tokens, int64_t columns,
+                      Groups groups, int threads) {
+  mext::in_parallel((columns + kTile - 1) / kTile, threads, [&](int64_t first, int64_t last) {
+    alignas(64) Square squares[N];
+    for (int64_t column = first * kTile; column < std::min(last * kTile, columns); column += kTile)
+      quantize_column(loops, load, to, column, std::min<int64_t>(kTile, columns - column), tokens, groups, squares);
+  });
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // E5M6 in two planes, as kernels/reference/e5m6.py specifies, bit for bit.
 //
 // x: [rows, columns] FP32, or BF16 where `bf16` != 0; high: [rows, columns]; low: [rows, ceil(columns / 2)]; scale:
-// [rows, ceil(columns / 128)]. A unit is a row; `portable` as in quantize.cpp.
+// [rows, ceil(columns / 128)]; `lanes` and `threads` as in quantize.cpp.
 
 #include "fp8.h"
+#include "parallel.h"
 
 namespace {
 
@@ -37,6 +38,8 @@ void numbers_portable(const uint32_t* codes, float scale, float* x) {
 }
 
 #if defined(__x86_64__)
+using avx2::as_bits, avx2::as_numbers, avx2::load8;
+
 MEXT_AVX2 void codes_avx2(const float* x, float reciprocal, uint32_t* codes) {
   const __m256 factor = _mm256_set1_ps(reciprocal), largest = _mm256_set1_ps(E5M6::largest);
   const __m256i negative = _mm256_set1_epi32(INT32_MIN);
@@ -49,7 +52,7 @@ MEXT_AVX2 void codes_avx2(const float* x, float reciprocal, uint32_t* codes) {
     const __m256i magic = _mm256_add_epi32(exponent, _mm256_set1_epi32(E5M6::shift << 23));
     const __m256i steps = _mm256_sub_epi32(as_bits(_mm256_add_ps(a, as_numbers(magic))), magic);
     const __m256i base = _mm256_srli_epi32(_mm256_sub_epi32(exponent, smallest), E5M6::shift);
-    store_bytes(codes + i, _mm256_or_si256(_mm256_add_epi32(steps, base), _mm256_srli_epi32(sign, 20)));
+    avx2::store(codes + i, _mm256_or_si256(_mm256_add_epi32(steps, base), _mm256_srli_epi32(sign, 20)));
   }
 }
 
@@ -57,7 +60,7 @@ MEXT_AVX2 void codes_avx2(const float* x, float reciprocal, uint32_t* codes) {
 MEXT_AVX2 void numbers_avx2(const uint32_t* codes, float scale, float* x) {
   const __m256 factor = _mm256_set1_ps(scale);
   for (int i = 0; i < kTile; i += 8) {
-    const __m256i halves = _mm256_slli_epi32(load_bytes(codes + i), 4);
+    const __m256i halves = _mm256_slli_epi32(avx2::load(codes + i), 4);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
     _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_cvtph_ps(packed), factor));
   }
@@ -80,50 +83,54 @@ void join(const uint8_t* high, const uint8_t* low, uint32_t* codes) {
 
 }  // namespace
 
-extern "C" void mext_pack_e5m6(const void* x, int bf16, uint8_t* high, uint8_t* low, float* scale, int64_t first,
-                               int64_t last, int64_t columns, int portable) {
-  const Loops loops = loops_of(0, portable);
+extern "C" void mext_pack_e5m6(const void* x, int bf16, uint8_t* high, uint8_t* low, float* scale, int64_t rows,
+                               int64_t columns, int lanes, int threads) {
+  const Loops loops = loops_of(0, lanes);
   auto* encode = codes_portable;
 #if defined(__x86_64__)
-  if (!portable && has_avx2()) encode = codes_avx2;
+  if (lanes >= avx2::kLanes && has_avx2()) encode = codes_avx2;
 #endif
   const int64_t tiles = (columns + kTile - 1) / kTile, halves = (columns + 1) / 2;
-  float buffer[kTile];
-  uint32_t codes[kTile];
-  uint8_t highs[kTile], lows[kTile / 2];
-  for (int64_t row = first; row < last; ++row)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t column = tile * kTile, width = std::min<int64_t>(kTile, columns - column);
-      const float* numbers = load_tile(loops, x, bf16, row * columns + column, width, buffer);
-      const float s = scale_of(loops.amax(numbers), E5M6::largest, E5M6::smallest_scale, true);
-      scale[row * tiles + tile] = s;
-      if (s != s)
-        for (int64_t i = 0; i < kTile; ++i) codes[i] = i < width ? kNaNCode : 0;
-      else
-        encode(numbers, 1.f / s, codes);
-      split(codes, highs, lows);
-      std::memcpy(high + row * columns + column, highs, width);
-      std::memcpy(low + row * halves + column / 2, lows, (width + 1) / 2);
-    }
+  mext::in_parallel(rows, threads, [&](int64_t first, int64_t last) {
+    float buffer[kTile];
+    uint32_t codes[kTile];
+    uint8_t highs[kTile], lows[kTile / 2];
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t column = tile * kTile, width = std::min<int64_t>(kTile, columns - column);
+        const float* numbers = load_tile(loops, x, bf16, row * columns + column, width, buffer);
+        const float s = scale_of(loops.amax(numbers), E5M6::largest, E5M6::smallest_scale, true);
+        scale[row * tiles + tile] = s;
+        if (s != s)
+          for (int64_t i = 0; i < kTile; ++i) codes[i] = i < width ? kNaNCode : 0;
+        else
+          encode(numbers, 1.f / s, codes);
+        split(codes, highs, lows);
+        std::memcpy(high + row * columns + column, highs, width);
+        std::memcpy(low + row * halves + column / 2, lows, (width + 1) / 2);
+      }
+  });
 }
 
-extern "C" void mext_unpack_e5m6(const uint8_t* high, const uint8_t* low, const float* scale, float* x, int64_t first,
-                                 int64_t last, int64_t columns, int portable) {
+extern "C" void mext_unpack_e5m6(const uint8_t* high, const uint8_t* low, const float* scale, float* x, int64_t rows,
+                                 int64_t columns, int lanes, int threads) {
   auto* decode = numbers_portable;
 #if defined(__x86_64__)
-  if (!portable && has_avx2()) decode = numbers_avx2;
+  if (lanes >= avx2::kLanes && has_avx2()) decode = numbers_avx2;
 #endif
   const int64_t tiles = (columns + kTile - 1) / kTile, halves = (columns + 1) / 2;
-  uint32_t codes[kTile];
-  float numbers[kTile];
-  for (int64_t row = first; row < last; ++row)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t column = tile * kTile, width = std::min<int64_t>(kTile, columns - column);
-      uint8_t highs[kTile] = {}, lows[kTile / 2] = {};
-      std::memcpy(highs, high + row * columns + column, width);
-      std::memcpy(lows, low + row * halves + column / 2, (width + 1) / 2);
-      join(highs, lows, codes);
-      decode(codes, scale[row * tiles + tile], numbers);
-      std::memcpy(x + row * columns + column, numbers, width * sizeof(float));
-    }
+  mext::in_parallel(rows, threads, [&](int64_t first, int64_t last) {
+    uint32_t codes[kTile];
+    float numbers[kTile];
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t column = tile * kTile, width = std::min<int64_t>(kTile, columns - column);
+        uint8_t highs[kTile] = {}, lows[kTile / 2] = {};
+        std::memcpy(highs, high + row * columns + column, width);
+        std::memcpy(lows, low + row * halves + column / 2, (width + 1) / 2);
+        join(highs, lows, codes);
+        decode(codes, scale[row * tiles + tile], numbers);
+        std::memcpy(x + row * columns + column, numbers, width * sizeof(float));
+      }
+  });
 }

@@ -1,10 +1,11 @@
-// Tiles of 128 numbers to FP8 and back, as kernels/reference/quantize.py specifies, bit for bit: what the kernels in this
-// folder are made of. The inner loops exist twice, portable (here) and for AVX2 (fp8_avx2.h), and `Loops` is one set of
-// them; a kernel's argument `portable` != 0 forces the first, for tests.
+// Tiles of 128 numbers to FP8 and back, as kernels/reference/quantize.py specifies, bit for bit: what the kernels in
+// this folder are made of. The inner loops exist twice, portable (here) and for vectors (fp8_lanes.h, of two widths),
+// and `Loops` is one set of them. A kernel's argument `lanes`, for tests: the most FP32 numbers a vector may have, 16
+// for AVX-512, 8 for AVX2, 1 for the portable loops.
 //
 // The loops always see a whole tile: a partial one at the end of a row is padded with zeros in a buffer (zeros never
-// change an amax). None depends on denormal numbers: torch.set_flush_denormal(True) does not change a byte (the smallest
-// scale is chosen so that what rounds to a nonzero FP8 number is a normal FP32 number).
+// change an amax). None depends on denormal numbers: torch.set_flush_denormal(True) does not change a byte (the
+// smallest scale is chosen so that what rounds to a nonzero FP8 number is a normal FP32 number).
 
 #pragma once
 
@@ -57,6 +58,30 @@ inline float scale_of(uint32_t amax, float largest, float smallest_scale, bool p
 
 // ---- portable loops -----------------------------------------------------------------------------------------------
 
+// The scales of 128 columns, and what vectors are divided by (where `fast`).
+struct ColumnScales {
+  alignas(64) float scale[kTile], high[kTile], low[kTile];
+  bool fast;
+};
+
+// `height` rows of 128 numbers that lie `stride` apart, to be copied close together; those from `next` on will be next.
+template <class Number>
+struct BlockRead {
+  const Number *x, *next;
+  int64_t stride, height;
+  Number* copy;
+};
+
+// Such a copy, to be written as bytes in rows `stride` apart.
+template <class Number>
+struct BlockWrite {
+  const Number* x;
+  float scale;
+  bool past_cache;
+  uint8_t* y;
+  int64_t stride, height;
+};
+
 // Rounds a, an FP8 number's magnitude in FP32 that the format can hold, to nearest even. The exponent of a, or of the
 // smallest normal number, times 2^shift is a number whose last place is that of the FP8 number: the sum with it rounds.
 template <class F>
@@ -71,47 +96,6 @@ template <class F>
 inline uint8_t encode_one(float x, float scale) {
   const uint32_t bits = to_bits(x / scale), sign = bits & 0x80000000u;
   return static_cast<uint8_t>(round_to<F>(std::min(bits ^ sign, to_bits(F::largest))) | (sign >> 24));
-}
-
-// The bits of max |x|: as integers NaN > infinity > every finite number, so nothing is lost on the way.
-inline uint32_t amax_portable(const float* x) {
-  uint32_t amax = 0;
-  for (int i = 0; i < kTile; ++i) amax = std::max(amax, to_bits(x[i]) & 0x7fffffffu);
-  return amax;
-}
-
-inline void column_amax_portable(const float* x, uint32_t* amax) {
-  for (int i = 0; i < kTile; ++i) amax[i] = std::max(amax[i], to_bits(x[i]) & 0x7fffffffu);
-}
-
-// The scales of 128 columns, and what fp8_avx2.h divides by (where `fast`).
-struct ColumnScales {
-  alignas(64) float scale[kTile], high[kTile], low[kTile];
-  bool fast;
-};
-
-template <class F>
-void encode_portable(const float* x, float scale, uint8_t* y) {
-  for (int i = 0; i < kTile; ++i) y[i] = encode_one<F>(x[i], scale);
-}
-
-// `tiles` whole tiles of FP32 or BF16 numbers, with their scales.
-template <class F, class Number>
-void quantize_tiles_portable(const Number* x, int64_t tiles, bool power_of_two, uint8_t* y, float* scale) {
-  for (int64_t tile = 0; tile < tiles; ++tile, x += kTile, y += kTile) {
-    float numbers[kTile];
-    for (int i = 0; i < kTile; ++i) numbers[i] = number_of(x[i]);
-    const float s = scale[tile] = scale_of(amax_portable(numbers), F::largest, F::smallest_scale, power_of_two);
-    if (s != s)
-      std::memset(y, kNaN, kTile);
-    else
-      encode_portable<F>(numbers, s, y);
-  }
-}
-
-template <class F>
-void encode_columns_portable(const float* x, const ColumnScales& columns, uint8_t* y) {
-  for (int i = 0; i < kTile; ++i) y[i] = encode_one<F>(x[i], columns.scale[i]);
 }
 
 template <class F>
@@ -131,37 +115,111 @@ inline float decode_one(uint8_t byte) {
   return from_bits(bits | sign);
 }
 
+namespace portable {
+
+// The bits of max |x|: as integers NaN > infinity > every finite number, so nothing is lost on the way.
+inline void raise_amax(uint32_t& amax, float x) { amax = std::max(amax, to_bits(x) & 0x7fffffffu); }
+
+inline uint32_t amax(const float* x) {
+  uint32_t amax = 0;
+  for (int i = 0; i < kTile; ++i) raise_amax(amax, x[i]);
+  return amax;
+}
+
+inline void column_amax(const float* x, uint32_t* amax) {
+  for (int i = 0; i < kTile; ++i) raise_amax(amax[i], x[i]);
+}
+
 template <class F>
-void decode_portable(const uint8_t* y, float scale, float* x) {
+void encode(const float* x, float scale, uint8_t* y) {
+  for (int i = 0; i < kTile; ++i) y[i] = encode_one<F>(x[i], scale);
+}
+
+template <class F, class Number>
+void encode_any(const Number* x, float scale, uint8_t* y) {  // whatever the scale is
+  for (int i = 0; i < kTile; ++i) y[i] = scale == scale ? encode_one<F>(number_of(x[i]), scale) : kNaN;
+}
+
+inline void prepare(ColumnScales&) {}
+
+template <class F>
+void encode_columns(const float* x, const ColumnScales& columns, uint8_t* y) {
+  for (int i = 0; i < kTile; ++i) y[i] = encode_one<F>(x[i], columns.scale[i]);
+}
+
+template <class F>
+void decode(const uint8_t* y, float scale, float* x) {
   for (int i = 0; i < kTile; ++i) x[i] = decode_one<F>(y[i]) * scale;
 }
 
-inline void widen_portable(const uint16_t* x, float* y) {
+inline void widen(const uint16_t* x, float* y) {
   for (int i = 0; i < kTile; ++i) y[i] = number_of(x[i]);
 }
 
 // To BF16 and back, to nearest, ties to even; NaN stays NaN.
-inline void round_bf16_portable(float* x) {
+inline void round_bf16(float* x) {
   for (int i = 0; i < kTile; ++i) {
     const uint32_t bits = to_bits(x[i]);
     if (x[i] == x[i]) x[i] = from_bits((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
   }
 }
 
-inline void prepare_portable(ColumnScales&) {}
-
-inline void transpose_portable(const uint8_t* x, uint8_t* y) {  // [128, 128]
+inline void transpose(const uint8_t* x, uint8_t* y) {  // [128, 128]
   for (int r = 0; r < kTile; ++r)
     for (int c = 0; c < kTile; ++c) y[c * kTile + r] = x[r * kTile + c];
 }
 
+template <class F, class Number>
+void write_block(const BlockWrite<Number>& to) {
+  for (int64_t r = 0; r < to.height; ++r) encode_any<F>(to.x + r * kTile, to.scale, to.y + r * to.stride);
+}
+
+template <class F, class Number>
+uint32_t turn_block(const BlockRead<Number>& from, const BlockWrite<Number>& to) {
+  uint32_t amax = 0;
+  if (from.x)
+    for (int64_t r = 0; r < from.height; ++r)
+      for (int i = 0; i < kTile; ++i)
+        raise_amax(amax, number_of(from.copy[r * kTile + i] = from.x[r * from.stride + i]));
+  if (to.y) write_block<F>(to);
+  return amax;
+}
+
+template <class F, class Number>
+void quantize_tiles(const Number* x, int64_t tiles, bool power_of_two, bool, uint8_t* y, float* scale) {
+  for (int64_t tile = 0; tile < tiles; ++tile, x += kTile, y += kTile) {
+    uint32_t amax = 0;
+    for (int i = 0; i < kTile; ++i) raise_amax(amax, number_of(x[i]));
+    scale[tile] = scale_of(amax, F::largest, F::smallest_scale, power_of_two);
+    encode_any<F>(x, scale[tile], y);
+  }
+}
+
+}  // namespace portable
+
 }  // namespace
 
-#include "fp8_avx512.h"
+#include "fp8_avx.h"
 
 namespace {
 
 // ---- which loops, which format ------------------------------------------------------------------------------------
+
+// Of whole tiles and blocks. `past_cache`: y is written past the caches, in pieces of 64 bytes at multiples of 64, and
+// is there for other threads after wait_for_writes().
+template <class Number>
+struct TileLoops {
+  // `tiles` tiles one after the other, with their scales.
+  void (*quantize_tiles)(const Number* x, int64_t tiles, bool power_of_two, bool past_cache, uint8_t* y, float* scale);
+  // Reads one block, of which it returns the bits of the largest magnitude, and writes another; either may be absent.
+  uint32_t (*turn_block)(const BlockRead<Number>&, const BlockWrite<Number>&);
+};
+
+inline void wait_for_writes() {  // once a thread: once a block it made blocks of FP32 take 1.2 times as long
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 struct Loops {
   uint32_t (*amax)(const float*);
@@ -173,33 +231,43 @@ struct Loops {
   void (*widen)(const uint16_t*, float*);
   void (*round_bf16)(float*);
   void (*transpose)(const uint8_t*, uint8_t*);
-  void (*quantize_tiles)(const float*, int64_t, bool, uint8_t*, float*);
-  void (*quantize_tiles_bf16)(const uint16_t*, int64_t, bool, uint8_t*, float*);
+  TileLoops<float> whole;
+  TileLoops<uint16_t> half;
   float largest, smallest_scale;
 
   float scale(uint32_t amax, bool power_of_two) const {
     return scale_of(amax, largest, smallest_scale, power_of_two);
   }
+  const TileLoops<float>& of(const float*) const { return whole; }
+  const TileLoops<uint16_t>& of(const uint16_t*) const { return half; }
 };
 
 template <class F>
-Loops loops_of(bool portable) {
+Loops loops_of(int lanes) {
 #if defined(__x86_64__)
-  const bool wide = has_avx512();
-  if (!portable && has_avx2())
-    return {amax_avx2, column_amax_avx2, encode_avx2<F>, prepare_avx2, encode_columns_avx2<F>, decode_avx2<F>,
-            widen_avx2, round_bf16_avx2, transpose_avx2,
-            wide ? quantize_tiles_avx512<F, float> : quantize_tiles_avx2<F, float>,
-            wide ? quantize_tiles_avx512<F, uint16_t> : quantize_tiles_avx2<F, uint16_t>, F::largest, F::smallest_scale};
+  if (lanes >= avx512::kLanes && has_avx512()) {
+    using namespace avx512;
+    return {amax, column_amax, encode<F>, prepare, encode_columns<F>, decode<F>, widen, avx2::round_bf16,
+            avx2::transpose, {quantize_tiles<F, float>, turn_block<F, float>},
+            {quantize_tiles<F, uint16_t>, turn_block<F, uint16_t>}, F::largest,
+            F::smallest_scale};
+  }
+  if (lanes >= avx2::kLanes && has_avx2()) {
+    using namespace avx2;
+    return {amax, column_amax, encode<F>, prepare, encode_columns<F>, decode<F>, widen, round_bf16, transpose,
+            {quantize_tiles<F, float>, turn_block<F, float>},
+            {quantize_tiles<F, uint16_t>, turn_block<F, uint16_t>}, F::largest,
+            F::smallest_scale};
+  }
 #endif
-  return {amax_portable, column_amax_portable, encode_portable<F>, prepare_portable, encode_columns_portable<F>,
-          decode_portable<F>, widen_portable, round_bf16_portable, transpose_portable,
-          quantize_tiles_portable<F, float>, quantize_tiles_portable<F, uint16_t>, F::largest, F::smallest_scale};
+  using namespace portable;
+  return {amax, column_amax, encode<F>, prepare, encode_columns<F>, decode<F>, widen, round_bf16, transpose,
+          {quantize_tiles<F, float>, turn_block<F, float>},
+          {quantize_tiles<F, uint16_t>, turn_block<F, uint16_t>}, F::largest,
+          F::smallest_scale};
 }
 
-inline Loops loops_of(int e5m2, int portable) {
-  return e5m2 ? loops_of<E5M2>(portable != 0) : loops_of<E4M3>(portable != 0);
-}
+inline Loops loops_of(int e5m2, int lanes) { return e5m2 ? loops_of<E5M2>(lanes) : loops_of<E4M3>(lanes); }
 
 // ---- tiles of any length ------------------------------------------------------------------------------------------
 

@@ -1,18 +1,20 @@
 """FP8 quantisation on a CPU through kernels/cpu/quantize.cpp: the reference's operators, byte for byte.
 
-Signatures and shapes are those of kernels/reference/quantize.py. `portable=True` forces the loops without AVX2.
+Signatures and shapes are those of kernels/reference/quantize.py. `lanes` forces narrower loops, for tests: 8 for AVX2,
+1 for the portable ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.cpu.library import empty, function, in_chunks
+from megatron_ext.kernels.cpu.library import WIDEST, function, threads_for
+from megatron_ext.kernels.cpu.memory import empty
 from megatron_ext.kernels.layout import (
     BLOCK,
     FORMATS,
@@ -26,11 +28,13 @@ from megatron_ext.kernels.layout import (
 )
 from megatron_ext.kernels.reference.quantize import Both
 
-GRAIN = 1 << 21  # numbers worth a thread of their own: 0.2 to 1 ms of work
+GRAIN = 1 << 17  # numbers worth a thread of their own: 15 to 60 us of work
 
 
 def readable(x: Tensor) -> Tensor:
     """x dense, in one of the dtypes the library reads."""
+    if x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous():
+        return x
     x = x.detach()
     return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
 
@@ -45,22 +49,19 @@ def quantize(
     power_of_two: bool = False,
     format: str = "e4m3",
     *,
-    portable: bool = False,
+    lanes: int = WIDEST,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.quantize`."""
     x = readable(x)
     if block[0] == BLOCK:
-        return _quantize_blocks(x, power_of_two, format, portable, transposed=False)[:2]
+        return _quantize_blocks(x, power_of_two, format, lanes, transposed=False)[:2]
     data, scale = empty_rows(x.shape, format)
     if x.numel():
         columns = x.shape[-1]
-        kernel = function("mext_quantize", c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_int] * 3)
-
-        def body(first: int, last: int) -> None:
-            kernel(x.data_ptr(), is_bf16(x), data.data_ptr(), scale.data_ptr(), first, last, columns,
-                   format == "e5m2", power_of_two, portable)  # fmt: skip
-
-        in_chunks(x.numel() // columns, GRAIN // max(columns, 1), body)
+        rows = x.numel() // columns
+        kernel = function("mext_quantize", c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 2, *[c_int] * 4)
+        kernel(x.data_ptr(), is_bf16(x), data.data_ptr(), scale.data_ptr(), rows, columns, format == "e5m2",
+               power_of_two, lanes, threads_for(x.numel(), GRAIN))  # fmt: skip
     return data, scale
 
 
@@ -69,15 +70,15 @@ def empty_rows(shape: Sequence[int], format: str = "e4m3") -> tuple[Tensor, Tens
     return empty(shape, FORMATS[format].dtype), empty((*shape[:-1], tile_count(shape[-1])))
 
 
-def quantize_weight(weight: Tensor, *, portable: bool = False) -> Both:
+def quantize_weight(weight: Tensor, *, lanes: int = WIDEST) -> Both:
     """See `reference.quantize.quantize_weight`."""
-    data, scale, data_t, scale_t = _quantize_blocks(readable(weight), False, "e4m3", portable, transposed=True)
+    data, scale, data_t, scale_t = _quantize_blocks(readable(weight), False, "e4m3", lanes, transposed=True)
     assert data_t is not None and scale_t is not None
     return data, scale, data_t, scale_t
 
 
 def _quantize_blocks(
-    x: Tensor, power_of_two: bool, format: str, portable: bool, transposed: bool
+    x: Tensor, power_of_two: bool, format: str, lanes: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     *stack, n, k = x.shape
     height, width, dtype = tile_count(n), tile_count(k), FORMATS[format].dtype
@@ -85,17 +86,14 @@ def _quantize_blocks(
     data_t = empty((*stack, k, n), dtype) if transposed else None
     scale_t = empty((*stack, width, height)) if transposed else None
     if x.numel():
-        kernel = function("mext_quantize_blocks", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 3)
+        kernel = function("mext_quantize_blocks", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 4)
         pointers = [t if t is None else t.data_ptr() for t in (data, scale, data_t, scale_t)]
-
-        def body(first: int, last: int) -> None:
-            kernel(x.data_ptr(), is_bf16(x), *pointers, first, last, n, k, format == "e5m2", power_of_two, portable)
-
-        in_chunks(scale.numel() // width, GRAIN // (k * BLOCK), body)
+        kernel(x.data_ptr(), is_bf16(x), *pointers, scale.numel() // width, n, k, format == "e5m2", power_of_two, lanes,
+               threads_for(x.numel(), GRAIN))  # fmt: skip
     return data, scale, data_t, scale_t
 
 
-def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
+def dequantize(data: Tensor, scale: Tensor, *, lanes: int = WIDEST) -> Tensor:
     """See `reference.quantize.dequantize`; [N, K] may be a slice of columns of a wider matrix."""
     require_scales(data, scale)
     if data.dim() > 2 or data.stride(-1) != 1 or scale.stride(-1) != 1:
@@ -104,14 +102,11 @@ def dequantize(data: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor
     x = empty(data.shape)
     if not data.numel():
         return x
-    kernel = function("mext_dequantize", *[c_void_p] * 3, *[c_int64] * 7, *[c_int] * 2)
+    kernel = function("mext_dequantize", *[c_void_p] * 3, *[c_int64] * 6, *[c_int] * 3)
     rows, is_e5m2 = block_rows(data, scale), format_of(data.dtype) == "e5m2"
     strides = data.stride(-2), scale.stride(-2)
-
-    def body(first: int, last: int) -> None:
-        kernel(data.data_ptr(), scale.data_ptr(), x.data_ptr(), first, last, n, k, rows, *strides, is_e5m2, portable)
-
-    in_chunks(data.numel() // k, GRAIN // k, body)
+    kernel(data.data_ptr(), scale.data_ptr(), x.data_ptr(), data.numel() // k, n, k, rows, *strides, is_e5m2, lanes,
+           threads_for(data.numel(), GRAIN))  # fmt: skip
     return x
 
 
@@ -121,10 +116,10 @@ def quantize_transposed(
     format: str = "e4m3",
     group_sizes: Sequence[int] | Tensor | None = None,
     *,
-    portable: bool = False,
+    lanes: int = WIDEST,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.quantize_transposed`."""
-    return _quantize_columns(readable(x), (None, None), power_of_two, format, group_sizes, portable)
+    return _quantize_columns(readable(x), (None, None), power_of_two, format, group_sizes, lanes)
 
 
 def quantize_both(
@@ -133,12 +128,12 @@ def quantize_both(
     format: str = "e4m3",
     group_sizes: Sequence[int] | Tensor | None = None,
     *,
-    portable: bool = False,
+    lanes: int = WIDEST,
 ) -> Both:
     """See `reference.quantize.quantize_both`."""
     x = readable(x)
     rows = empty_rows(x.shape, format)
-    return *rows, *_quantize_columns(x, rows, power_of_two, format, group_sizes, portable)
+    return *rows, *_quantize_columns(x, rows, power_of_two, format, group_sizes, lanes)
 
 
 def _quantize_columns(
@@ -147,29 +142,29 @@ def _quantize_columns(
     power_of_two: bool,
     format: str,
     group_sizes: Sequence[int] | Tensor | None,
-    portable: bool,
+    lanes: int,
 ) -> tuple[Tensor, Tensor]:
-    kernel = function("mext_quantize_columns", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 4, c_void_p,
-                      *[c_int64] * 3, *[c_int] * 3)  # fmt: skip
+    kernel = function("mext_quantize_columns", c_void_p, c_int, *[c_void_p] * 4, *[c_int64] * 2, c_void_p,
+                      *[c_int64] * 3, *[c_int] * 4)  # fmt: skip
     columns = Columns.room(x.shape, format, group_sizes)
     pointers = [t if t is None else t.data_ptr() for t in (*rows, columns.data, columns.scale)]
-    columns.run(lambda first, last: kernel(
-        x.data_ptr(), is_bf16(x), *pointers, first, last, *columns.sizes, format == "e5m2", power_of_two, portable))
+    kernel(x.data_ptr(), is_bf16(x), *pointers, *columns.sizes, format == "e5m2", power_of_two, lanes,
+           threads_for(x.numel(), GRAIN))  # fmt: skip
     return columns.data, columns.scale
 
 
 def requantize_transposed(
-    data: Tensor, scale: Tensor, group_sizes: Sequence[int] | Tensor | None = None, *, portable: bool = False
+    data: Tensor, scale: Tensor, group_sizes: Sequence[int] | Tensor | None = None, *, lanes: int = WIDEST
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize.requantize_transposed`."""
     require_scales(data, scale)
     require(len(scale) == len(data), f"scale {list(scale.shape)} is not of 1x128 tiles of {list(data.shape)}")
     data, scale, format = data.contiguous(), scale.contiguous(), format_of(data.dtype)
-    kernel = function("mext_requantize_columns", *[c_void_p] * 4, *[c_int64] * 4, c_void_p, *[c_int64] * 3,
-                      *[c_int] * 2)  # fmt: skip
+    kernel = function("mext_requantize_columns", *[c_void_p] * 4, *[c_int64] * 2, c_void_p, *[c_int64] * 3,
+                      *[c_int] * 3)  # fmt: skip
     columns = Columns.room(data.shape, format, group_sizes)
     pointers = [t.data_ptr() for t in (data, scale, columns.data, columns.scale)]
-    columns.run(lambda first, last: kernel(*pointers, first, last, *columns.sizes, format == "e5m2", portable))
+    kernel(*pointers, *columns.sizes, format == "e5m2", lanes, threads_for(data.numel(), GRAIN))
     return columns.data, columns.scale
 
 
@@ -208,7 +203,3 @@ class Columns(NamedTuple):
         there = self.group_sizes is not None
         groups = (self.group_sizes.data_ptr(), len(self.group_sizes)) if there else (None, 1)
         return self.tokens, self.columns, *groups, self.data.shape[1], self.scale.shape[1]
-
-    def run(self, body: Callable[[int, int], None]) -> None:
-        """Runs `body(first, last)` over the tiles of 128 columns."""
-        in_chunks(tile_count(self.columns), GRAIN // (BLOCK * max(self.tokens, 1)), body)

@@ -1,8 +1,11 @@
 // Rows of tokens gathered, quantised and combined, as kernels/reference/rows.py specifies, bit for bit.
 //
-// Row-major tensors; formats, ranges, `bf16` and `portable` as in quantize.cpp. A unit is a row of the result.
+// Row-major tensors; formats, `bf16`, `lanes` and `threads` as in quantize.cpp.
 
 #include "fp8.h"
+#include "parallel.h"
+
+#include <vector>
 
 namespace {
 
@@ -16,9 +19,9 @@ void quantize_row(const Loops& loops, const void* x, int bf16, int64_t row, int6
     return;
   }
   if (bf16)
-    loops.quantize_tiles_bf16(static_cast<const uint16_t*>(x) + offset, whole, power_of_two, y, scale);
+    loops.half.quantize_tiles(static_cast<const uint16_t*>(x) + offset, whole, power_of_two, false, y, scale);
   else
-    loops.quantize_tiles(static_cast<const float*>(x) + offset, whole, power_of_two, y, scale);
+    loops.whole.quantize_tiles(static_cast<const float*>(x) + offset, whole, power_of_two, false, y, scale);
   if (!rest) return;
   float buffer[kTile];
   quantize_tile(loops, load_tile(loops, x, bf16, offset + whole * kTile, rest, buffer), power_of_two,
@@ -34,7 +37,7 @@ void add_portable(const float* row, float weight, float* total) {
 MEXT_AVX2 void add_avx2(const float* row, float weight, float* total) {
   const __m256 factor = _mm256_set1_ps(weight);
   for (int i = 0; i < kTile; i += 8)
-    _mm256_storeu_ps(total + i, _mm256_add_ps(load8(total + i), _mm256_mul_ps(factor, load8(row + i))));
+    _mm256_storeu_ps(total + i, _mm256_add_ps(avx2::load8(total + i), _mm256_mul_ps(factor, avx2::load8(row + i))));
 }
 #endif
 
@@ -42,51 +45,58 @@ MEXT_AVX2 void add_avx2(const float* row, float weight, float* total) {
 
 // x: [tokens, columns]; source: rows of x; y: [rows, columns]; scale: [rows, ceil(columns / 128)].
 extern "C" void mext_permute_quantize(const void* x, int bf16, const int64_t* source, uint8_t* y, float* scale,
-                                      int64_t first, int64_t last, int64_t columns, int e5m2, int power_of_two,
-                                      int portable) {
-  const Loops loops = loops_of(e5m2, portable);
+                                      int64_t rows, int64_t columns, int e5m2, int power_of_two, int lanes,
+                                      int threads) {
+  const Loops loops = loops_of(e5m2, lanes);
   const int64_t tiles = (columns + kTile - 1) / kTile;
-  for (int64_t row = first; row < last; ++row)
-    quantize_row(loops, x, bf16, source[row], columns, power_of_two != 0, y + row * columns, scale + row * tiles);
+  mext::in_parallel(rows, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      quantize_row(loops, x, bf16, source[row], columns, power_of_two != 0, y + row * columns, scale + row * tiles);
+  });
 }
 
-// As mext_permute_quantize to E4M3 with powers of two; y: [rows, y_stride] bytes, numbers and then a byte for each scale,
-// its exponent. `scratch`: room for the scales of a row, one for each call.
-extern "C" void mext_quantize_rows(const void* x, int bf16, const int64_t* source, uint8_t* y, float* scratch,
-                                   int64_t first, int64_t last, int64_t columns, int64_t y_stride, int portable) {
-  const Loops loops = loops_of(0, portable);
+// As mext_permute_quantize to E4M3 with powers of two; y: [rows, y_stride] bytes, numbers and then a byte for each
+// scale, its exponent.
+extern "C" void mext_quantize_rows(const void* x, int bf16, const int64_t* source, uint8_t* y, int64_t rows,
+                                   int64_t columns, int64_t y_stride, int lanes, int threads) {
+  const Loops loops = loops_of(0, lanes);
   const int64_t tiles = (columns + kTile - 1) / kTile;
-  for (int64_t row = first; row < last; ++row) {
-    uint8_t* bytes = y + row * y_stride;
-    quantize_row(loops, x, bf16, source[row], columns, true, bytes, scratch);
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      bytes[columns + tile] = static_cast<uint8_t>((to_bits(scratch[tile]) >> 23) & 0xffu);
-  }
+  mext::in_parallel(rows, threads, [&](int64_t first, int64_t last) {
+    std::vector<float> scales(tiles);
+    for (int64_t row = first; row < last; ++row) {
+      uint8_t* bytes = y + row * y_stride;
+      quantize_row(loops, x, bf16, source[row], columns, true, bytes, scales.data());
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        bytes[columns + tile] = static_cast<uint8_t>((to_bits(scales[tile]) >> 23) & 0xffu);
+    }
+  });
 }
 
 // y: [.., columns]; weights: [..]; rows: [tokens, k] rows of y; out: [tokens, columns], in the dtype of y.
 extern "C" void mext_unpermute_combine(const void* y, int bf16, const float* weights, const int64_t* rows, void* out,
-                                       int64_t first, int64_t last, int64_t columns, int64_t k, int portable) {
-  const Loops loops = loops_of(0, portable);
+                                       int64_t tokens, int64_t columns, int64_t k, int lanes, int threads) {
+  const Loops loops = loops_of(0, lanes);
   auto* add = add_portable;
 #if defined(__x86_64__)
-  if (!portable && has_avx2()) add = add_avx2;
+  if (lanes >= avx2::kLanes && has_avx2()) add = add_avx2;
 #endif
-  float buffer[kTile], total[kTile];
-  for (int64_t t = first; t < last; ++t)
-    for (int64_t column = 0; column < columns; column += kTile) {
-      const int64_t width = std::min<int64_t>(kTile, columns - column), offset = t * columns + column;
-      std::fill(total, total + kTile, 0.f);
-      for (const int64_t* row = rows + t * k; row < rows + (t + 1) * k; ++row)
-        if (*row >= 0)
-          add(load_tile(loops, y, bf16, *row * columns + column, width, buffer), weights[*row], total);
-      if (!bf16) {
-        std::memcpy(static_cast<float*>(out) + offset, total, width * sizeof(float));
-        continue;
+  mext::in_parallel(tokens, threads, [&](int64_t first, int64_t last) {
+    float buffer[kTile], total[kTile];
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t column = 0; column < columns; column += kTile) {
+        const int64_t width = std::min<int64_t>(kTile, columns - column), offset = t * columns + column;
+        std::fill(total, total + kTile, 0.f);
+        for (const int64_t* row = rows + t * k; row < rows + (t + 1) * k; ++row)
+          if (*row >= 0)
+            add(load_tile(loops, y, bf16, *row * columns + column, width, buffer), weights[*row], total);
+        if (!bf16) {
+          std::memcpy(static_cast<float*>(out) + offset, total, width * sizeof(float));
+          continue;
+        }
+        loops.round_bf16(total);
+        uint16_t* halves = static_cast<uint16_t*>(out) + offset;
+        for (int64_t i = 0; i < width; ++i)
+          halves[i] = total[i] == total[i] ? static_cast<uint16_t>(to_bits(total[i]) >> 16) : 0x7fc0u;
       }
-      loops.round_bf16(total);
-      uint16_t* halves = static_cast<uint16_t*>(out) + offset;
-      for (int64_t i = 0; i < width; ++i)
-        halves[i] = total[i] == total[i] ? static_cast<uint16_t>(to_bits(total[i]) >> 16) : 0x7fc0u;
-    }
+  });
 }

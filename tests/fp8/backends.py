@@ -4,8 +4,9 @@
     def test_...(backend: Backend) -> None:
         backend.quantize(x)           numbers go to the backend's device and come back
 
-`cpu` and `portable` (the same library without AVX2) run everywhere. With a CUDA device every other backend of the
-registry joins, marked `gpu`; where one says that it cannot run on the arguments of a test, that test is skipped.
+`cpu` and `portable` (the same library without vectors) run everywhere, and `avx2` where `cpu` is more than that. With a
+CUDA device every other backend of the registry joins, marked `gpu`; where one says that it cannot run on the arguments
+of a test, that test is skipped.
 """
 
 from __future__ import annotations
@@ -115,10 +116,10 @@ def _on_gpu(operator: str, name: str) -> Callable[..., Any]:
     return run
 
 
-BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("cpu", _from(CPU)),
-    "portable": Backend("portable", _from(CPU, (f for f in FILES if f != "gemm"), portable=True)),
-}
+BACKENDS: dict[str, Backend] = {"cpu": Backend("cpu", _from(CPU))}
+for _name, _lanes in (("avx2", 8), ("portable", 1)):
+    if _lanes == 1 or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        BACKENDS[_name] = Backend(_name, _from(CPU, (f for f in FILES if f != "gemm"), lanes=_lanes))
 ON_GPU: tuple[str, ...] = ()
 if torch.cuda.is_available():
     ON_GPU = tuple(name for name in OPERATORS.backends if name not in ("cpu", "reference"))

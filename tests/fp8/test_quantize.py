@@ -368,16 +368,19 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @backends("quantize", "dequantize", "quantize_both")
 def test_big_arrays(backend: Backend) -> None:
-    """Big enough for huge pages and for a second thread."""
+    """Big enough for huge pages, for a second thread and for what is written past the caches."""
     x = wide(1100, 4096, dtype=torch.bfloat16)
     torch.set_num_threads(2)
     try:
         found = backend.quantize_both(x)
         assert_same_bytes(backend.quantize(x), found[:2])
+        found_blocks = [backend.quantize(numbers, (128, 128)) for numbers in (x, x.float())]
         dequantized = backend.dequantize(*found[:2])
     finally:
         torch.set_num_threads(1)
     assert_same_bytes(found, reference.quantize_both(x))
+    for same in found_blocks:
+        assert_same_bytes(same, reference.quantize(x, (128, 128)))
     assert torch.equal(dequantized, reference.dequantize(*found[:2]))
 
 

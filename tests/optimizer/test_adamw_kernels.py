@@ -55,21 +55,21 @@ def run(backend, given, steps=3, **options):
 def test_all_paths_agree_bit_for_bit(n, param, grad, moment, adam_w_mode):
     given, options = tensors(n, (param, grad, moment)), {"adam_w_mode": adam_w_mode}
     expected = run(reference.adamw, given, scalars=options)
-    for portable in (False, True):
-        actual = run(cpu.adamw, given, scalars=options, keywords={"portable": portable})
-        assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True)), f"{portable=}"
+    for lanes in (library.WIDEST, 1):
+        actual = run(cpu.adamw, given, scalars=options, keywords={"lanes": lanes})
+        assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True)), f"{lanes=}"
     assert n < 100 or expected[0].isfinite().sum() > n // 2
 
 
 @needs_library
-@pytest.mark.parametrize("portable", [False, True])
-def test_moments_are_rounded_to_nearest_even(portable):
+@pytest.mark.parametrize("lanes", [library.WIDEST, 1])
+def test_moments_are_rounded_to_nearest_even(lanes):
     """With beta1 = 0 the new first moment is the gradient itself, here any bit pattern and many ties."""
     bits = torch.randint(-2**31, 2**31, (1 << 16,)).to(torch.int32)
     bits[::2] = (bits[::2] & -65536) | 0x8000
     g, zeros = bits.view(FP32), torch.zeros(1 << 16)
     m, v = zeros.to(BF16), zeros.to(BF16)
-    cpu.adamw([zeros], [g], [m], [v], scalars(1, betas=(0.0, 0.95)), portable=portable)
+    cpu.adamw([zeros], [g], [m], [v], scalars(1, betas=(0.0, 0.95)), lanes=lanes)
     assert same_bits(m, g.to(BF16)) and g.isnan().any()
 
 
@@ -79,13 +79,13 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     expected = run(cpu.adamw, given)
     monkeypatch.setattr(cpu, "_GRAIN", 1000)
     calls = []
-    monkeypatch.setattr(cpu, "in_chunks", lambda *args: calls.append(args) or library.in_chunks(*args))
+    monkeypatch.setattr(cpu, "threads_for", lambda *args: calls.append(args) or library.threads_for(*args))
     torch.set_num_threads(3)
     try:
         actual = run(cpu.adamw, given)
     finally:
         torch.set_num_threads(1)
-    assert calls[0][:2] == (100_003, 1000)
+    assert calls[0] == (100_003, 1000)
     assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
 
 
