@@ -18,6 +18,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; a conversion goes on when the same command is given again", err=True)
+            raise typer.Exit(130) from None
         except BrokenPipeError:
             raise  # `| head` has seen enough; typer ends quietly
         except (UserError, OSError) as error:
@@ -66,7 +69,7 @@ def convert_(
     names: Annotated[str, typer.Option(
         help="Whose names parameters get: megatron_ext or transformers (deepspeed).")] = "megatron_ext",
     optimizer: Annotated[str | None, typer.Option(
-        help="Optimizer state that the format has no place for: drop, or carry beside the result.")] = None,
+        help="Optimizer state: keep (default), drop, or carry beside the result if it has no place.")] = None,
     weights: Annotated[str, typer.Option(help="What is converted: model, master (FP32) or ema.")] = "model",
     workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores, at most 8.")] = 0,
     plan: Annotated[bool, typer.Option("--plan", help="Only says what would be done; reads no numbers.")] = False,

@@ -35,15 +35,24 @@ def convert(source: Path, destination: Path, to: str, from_: str | None, config:
     """Plans, and then shows the plan or carries it out; then proves it."""
     if workers < 0:
         raise UserError(f"--workers = {workers}: must not be negative")
+    if plan_only and prove:
+        raise UserError("--plan and --verify: a plan writes nothing that could be verified")
     opened = open_checkpoint(source, from_, config, follow_links)
+    for note in opened.notes:
+        typer.echo(f"note: {note}")
     plan = make_plan(opened, named(to), options, *choice)
     if plan_only:
         show(plan)
+        if os.path.lexists(destination):
+            typer.echo(f"{destination} already exists: it will be refused, or taken for done if it is this result")
         return
     typer.echo(summary(plan))
+    if opened.carried and choice.dtype is None and "F8_E4M3" in plan.format.dtypes:
+        typer.echo("the original FP8 scales are carried: --dtype fp8 brings the FP8 weights back")
     with bar("writing", plan.payload) as told:
-        run(plan, destination, workers or _cores(plan), told)
-    typer.echo(f"{destination}: {len(plan.files)} files, {gigabytes(plan.size)}")
+        written = run(plan, destination, workers or _cores(plan), told)
+    there = "" if written else ", already there"
+    typer.echo(f"{destination}: {len(plan.files)} files, {gigabytes(plan.size)}{there}")
     if prove:
         with bar("verifying", 2 * plan.payload) as told:
             typer.echo(f"verified: {verify(plan, destination, told)}")
@@ -83,8 +92,9 @@ def show(plan: Plan) -> None:
 def summary(plan: Plan) -> str:
     """One line."""
     tensors, payload = len(plan.source.stored), sum(stored.nbytes for stored in plan.source.stored)
+    rounded = f", {len(plan.lossy)} tensors rounded" if plan.lossy else ""
     return (f"{plan.source.format} -> {plan.format.name}: {tensors} tensors, {payload} bytes -> "
-            f"{plan.tensors} tensors, {plan.payload} bytes{'' if plan.dtype is None else f', {plan.dtype}'}")
+            f"{plan.tensors} tensors, {plan.payload} bytes{'' if plan.dtype is None else f', {plan.dtype}'}{rounded}")
 
 
 def describe(source: Source) -> str:
@@ -115,9 +125,12 @@ def parse_size(text: str) -> int:
     plain = text.strip().upper().removesuffix("B")
     unit = plain[-1:] if plain[-1:] in _UNITS else ""
     try:
-        return int(float(plain.removesuffix(unit)) * _UNITS[unit])
+        size = int(float(plain.removesuffix(unit)) * _UNITS[unit])
     except (ValueError, OverflowError):
         raise UserError(f"--shard-size = {text!r}: must be a size like 5GB") from None
+    if 0 <= size < 1000:
+        raise UserError(f"--shard-size = {text!r}: is {size} bytes; give a unit, as in 5GB")
+    return size
 
 
 @contextmanager

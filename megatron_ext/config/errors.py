@@ -6,8 +6,33 @@ the reader can mend it without opening our source. Whatever else goes wrong is a
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
+
+
+class _Short(reprlib.Repr):
+    """`repr`, cut before it is made: a value from a stranger's file may be deep, long, or an integer of many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxdict = 3, 120, 120, 6
+
+    def repr_int(self, value: int, level: int) -> str:
+        return f"an integer of {value.bit_length()} bits" if value.bit_length() > 128 else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: `repr` in one line, at most 200 characters of it, whatever it is."""
+    text = one_line(_Short().repr(value))
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def one_line(text: str) -> str:
+    """Text with whatever is not printable (line ends, terminal escapes) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(ValueError):
@@ -37,14 +62,14 @@ class ConfigError(UserError):
 
     Args:
         key: dotted path of the JSON key, or the name of the argument.
-        value: what was given; shown with `repr`.
+        value: what was given; see `shown`.
         rule: the rule it breaks, as a sentence without a full stop.
         hint: what to do instead, if that is known.
     """
 
     def __init__(self, key: str, value: Any, rule: str, hint: str | None = None):
         self.key, self.value, self.rule, self.hint = key, value, rule, hint
-        message = f"{key} = {value!r}: {rule}"
+        message = one_line(f"{key} = {shown(value)}: {rule}")
         super().__init__(message if hint is None else f"{message}; {hint}")
 
 
@@ -69,5 +94,7 @@ class CheckpointError(UserError):
         tensor: str | None = None,
     ):
         self.path, self.found, self.rule, self.hint, self.tensor = path, found, rule, hint, tensor
-        subject = "" if tensor is None else f"tensor {tensor} "
-        super().__init__("; ".join([f"checkpoint {path}: {subject}{found}", *filter(None, (rule, hint))]))
+        subject = "" if tensor is None else f"tensor {tensor[:300]} "
+        where = f"{path}:" if str(path).startswith("--") else f"checkpoint {path}:"  # an option is no checkpoint
+        parts = [f"{where} {subject}{found[:700]}", *filter(None, (rule, hint))]
+        super().__init__(one_line("; ".join(parts)))

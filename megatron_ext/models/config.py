@@ -123,7 +123,7 @@ class DeepSeekV3Config:
         """
         values = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
         model_type = values.get("model_type")
-        if model_type not in _DEFAULTS:
+        if not isinstance(model_type, str) or model_type not in _DEFAULTS:
             raise ConfigError("model_type", model_type, f"must be one of {', '.join(_DEFAULTS)}")
         for key, only in _ONLY.items():
             if values.get(key, only) != only:
@@ -133,7 +133,7 @@ class DeepSeekV3Config:
                               "must equal num_attention_heads: latent attention has no grouped heads")
         known = {field.name: field.default is MISSING for field in fields(cls)}
         for name, required in known.items():
-            if name not in values and (required or name == "q_lora_rank"):
+            if (required and values.get(name) is None) or (name == "q_lora_rank" and name not in values):
                 raise ConfigError(name, None, "is missing")
         settings = _DEFAULTS[model_type] | {"scoring_func": _SCORING[model_type]}
         settings |= {name: values[name] for name in known if values.get(name) is not None}

@@ -2,7 +2,8 @@
 
     python -m tests.checkpoint.matrix --write       writes it anew
 
-A cell says what a BF16, an FP32 and an FP8 checkpoint with multi-token prediction and optimizer state keep, and where.
+A cell says what a BF16, an FP32 and an FP8 checkpoint with multi-token prediction, and moments with and without FP32
+masters, keep, and where.
 `exact`: all of it is in the target's own files. `X beside`: X is in the folder of carried tensors, from where every
 format takes it back. `refused`: nothing is written until the user says what shall become of optimizer state.
 """
@@ -51,10 +52,11 @@ def sources(folder: Path, first: Path) -> Iterator[tuple[str, Path]]:
 
 
 def table(folder: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    """(from, to) -> what is kept of a BF16, an FP32 and an FP8 checkpoint, and of optimizer state."""
+    """(from, to) -> what is kept of a BF16, an FP32 and an FP8 checkpoint, of moments, and of moments with masters."""
     cells: dict[tuple[str, str], tuple[str, ...]] = {}
     made = {dtype: tiny.make(folder / dtype / "hf", dtype, mtp=1, layers=3, wide=dtype == "fp8") for dtype in KINDS}
-    made["state"] = trained(folder / "state" / "hf", "exp_avg", "exp_avg_sq", "fp32")[0]
+    made["moments"] = trained(folder / "moments" / "hf", "exp_avg", "exp_avg_sq")[0]
+    made["masters"] = trained(folder / "masters" / "hf", "exp_avg", "exp_avg_sq", "fp32")[0]
     for kind, first in made.items():
         for name, source in sources(folder / kind, first):
             opened = open_checkpoint(source)
@@ -62,7 +64,7 @@ def table(folder: Path) -> dict[tuple[str, str], tuple[str, ...]]:
                 try:
                     kept = keeps(make_plan(opened, format, options(format.name)))
                 except CheckpointError as error:
-                    assert kind == "state" and "no place" in str(error), str(error)
+                    assert kind in ("moments", "masters") and "no place" in str(error), str(error)
                     held = str(error).partition("(")[2].partition(")")[0].split(", ")
                     kept = f"refused: no place for {' and '.join(dict.fromkeys(STATES[state] for state in held))}"
                 cells[name, format.name] = (*cells.get((name, format.name), ()), kept)
@@ -73,14 +75,14 @@ def markdown(cells: dict[tuple[str, str], tuple[str, ...]]) -> str:
     """Two tables as the document has them: of weights, where FP8 is named if it is something else; of state."""
     names = [format.name for format in FORMATS]
     head = ["| from \\ to | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    weights, states = ["Weights:", "", *head], ["Masters, moments and step:", "", *head]
+    weights, states = ["Weights:", "", *head], ["Moments and step, and these with FP32 masters:", "", *head]
     for source in names:
         rows: tuple[list[str], list[str]] = ([], [])
         for target in names:
-            bf16, fp32, fp8, state = cells[source, target]
+            bf16, fp32, fp8, moments, masters = cells[source, target]
             assert bf16 == fp32, (source, target)
             rows[0].append(bf16 + f"; FP8: {fp8}" * (fp8 != bf16))
-            rows[1].append(state)
+            rows[1].append(moments + f"; with masters: {masters}" * (masters != moments))
         weights.append(f"| `{source}` | " + " | ".join(rows[0]) + " |")
         states.append(f"| `{source}` | " + " | ".join(rows[1]) + " |")
     return "\n".join([*weights, "", *states])

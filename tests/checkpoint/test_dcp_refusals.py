@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_ext.checkpoint.convert import make_plan, named, open_checkpoint, run
 from megatron_ext.checkpoint.convert.dcp_index import check_cover
-from megatron_ext.checkpoint.convert.source import MANIFEST
+from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST
 from megatron_ext.config.errors import CheckpointError, UserError
 from tests.checkpoint.test_dcp import save, torchtitan
+from tests.checkpoint.test_selection import trained
 from tests.checkpoint.tiny import convert, load, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,7 +52,7 @@ def refusal(folder: Path) -> str:
         run(make_plan(open_checkpoint(folder, "dcp"), named("hf"), optimizer="drop"), out)
     message = str(caught.value)
     assert "\n" not in message and message.isprintable() and len(message) < 1000
-    assert not out.exists() and not list(folder.parent.glob("*.unfinished"))
+    assert not out.exists() and not list(folder.parent.glob("*.converting"))
     return message
 
 
@@ -236,3 +237,13 @@ def test_a_config_is_needed(saved: Path) -> None:
     assert "config.json: does not exist" in refusal(saved)
     (saved.parent / "given.json").write_text(json.dumps(values))
     assert open_checkpoint(saved, config=saved.parent / "given.json").step == 4
+
+
+def test_moments_without_a_step_are_not_written(tmp_path: Path) -> None:
+    source, _ = trained(tmp_path / "source", "exp_avg", "exp_avg_sq")
+    assert make_plan(open_checkpoint(source), named("dcp"), optimizer="keep").files
+    facts = source / CARRIED / FACTS
+    facts.write_text(json.dumps({key: value for key, value in json.loads(facts.read_text()).items() if key != "step"}))
+    with pytest.raises(CheckpointError, match=r"would have moments and no step.*--optimizer drop"):
+        make_plan(open_checkpoint(source), named("dcp"), optimizer="keep")
+    assert make_plan(open_checkpoint(source), named("dcp"), optimizer="drop").files

@@ -92,7 +92,7 @@ def test_our_engine_goes_on_from_our_universal_checkpoint(tmp_path: Path, pool2:
 # -- round trips
 
 MODELS: list[dict[str, Any]] = [
-    dict(family=family, q_lora=q_lora, mtp=mtp, tied=tied, dense=dense, layers=3)
+    dict(family=family, q_lora=q_lora, mtp=mtp, tied=tied, dense=dense, layers=4)
     for (family, q_lora, tied), (mtp, dense) in zip(
         itertools.product(("v3", "v2"), (True, False), (False, True)),
         [(0, 0), (1, 1), (2, 3), (1, 0), (2, 1), (0, 3), (1, 1), (2, 0)], strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_ext.checkpoint.convert import FORMATS, make_plan, named, open_chec
 from megatron_ext.checkpoint.convert.verify import verify
 from tests.checkpoint import matrix
 from tests.checkpoint.test_round_trips import MODELS
-from tests.checkpoint.tiny import equal, load, make
+from tests.checkpoint.tiny import FP8, config, equal, load, make, save, tensors_of
 
 NAMES = [format.name for format in FORMATS]
 PAIRS = list(itertools.product(NAMES, NAMES))
@@ -37,7 +38,7 @@ def chain(folder: Path, source: Path, formats: tuple[str, ...], dtype: str, cut:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_every_pair_and_back(tmp_path: Path, number: int, dtype: str) -> None:
     """All pairs are shared out over the models; with `-m slow` every model goes through every pair."""
-    source = make(tmp_path / "source", dtype, shards=2, layers=3, **MODELS[number])
+    source = make(tmp_path / "source", dtype, shards=2, layers=4, **MODELS[number])
     original = load(source)
     for pair in PAIRS[number::len(MODELS)]:
         back = chain(tmp_path / "-".join(pair), source, pair, dtype, dtype != "fp8")  # blocks of 128 are not cut
@@ -50,13 +51,27 @@ def test_every_pair_and_back(tmp_path: Path, number: int, dtype: str) -> None:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_model_through_every_pair(tmp_path: Path, settings: dict[str, Any], pair: tuple[str, str]) -> None:
     for dtype in ("bf16", "fp32", "fp8"):
-        source = make(tmp_path / dtype, dtype, layers=3, **settings)
+        source = make(tmp_path / dtype, dtype, layers=4, **settings)
         back = chain(tmp_path / f"{dtype}-through", source, pair, dtype, dtype != "fp8")
         assert equal(load(source), load(back))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_that_counts_a_layer_which_nobody_saved(tmp_path: Path, name: str) -> None:
+    """As transformers saves every DeepSeek-V3."""
+    source = make(tmp_path / "source", mtp=0)
+    values = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(values))
+    assert open_checkpoint(source).notes
+    back = chain(tmp_path, source, (name,), "bf16")
+    assert equal(load(source), load(back))
+    assert (source / "config.json").read_bytes() == (back / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_partial_blocks_through_every_pair(tmp_path: Path, pair: tuple[str, str]) -> None:
-    """FP8 with 576 rows and 200 columns, so that the last blocks are partial."""
-    source = make(tmp_path / "source", "fp8", mtp=1, wide=True)
+    """FP8 with 576 rows and 200 columns, so that the last blocks are partial; and norms in FP32."""
+    values = config(mtp=1, wide=True, quantization_config=FP8)
+    tensors = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors_of(values, "fp8").items()}
+    source = save(tmp_path / "source", values, tensors, shards=2)
     assert equal(load(source), load(chain(tmp_path, source, pair, "fp8")))

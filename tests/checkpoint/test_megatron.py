@@ -310,7 +310,7 @@ def refusal(folder: Path) -> str:
         run(make_plan(open_checkpoint(folder), named("hf")), out)
     message = str(caught.value)
     assert message.isprintable() and len(message) < 1000
-    assert not out.exists() and not list(folder.parent.glob("*.unfinished"))
+    assert not out.exists() and not list(folder.parent.glob("*.converting"))
     return message
 
 

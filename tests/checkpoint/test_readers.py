@@ -48,9 +48,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_hugging_face_gives_equal_logits(tmp_path: Path, settings: dict[str, Any], dtype: str) -> None:
     """For what came out of FP8 or BF16 through DeepSeek's layout, and for the source without us."""
-    values = tiny.config(layers=3, **settings)
+    values = tiny.config(layers=4, **settings)
     tensors = tiny.tensors_of(values, dtype)
-    source = make(tmp_path / "source", dtype, layers=3, shards=2, **settings)
+    source = make(tmp_path / "source", dtype, layers=4, shards=2, **settings)
     there = convert(source, tmp_path / "there", "deepseek")
     ours = convert(there, tmp_path / "ours", "hf", "bf16", shard_bytes=50_000)
     plain = {name: tensor if name.endswith("bias") else tensor.bfloat16() for name, tensor in

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint.convert import Options, make_plan, named, open_checkpoint, run
+from megatron_ext.checkpoint.convert import FORMATS, Options, make_plan, named, open_checkpoint, run
+from megatron_ext.checkpoint.convert.model import Model
 from megatron_ext.checkpoint.convert.source import MANIFEST
 from megatron_ext.config.errors import CheckpointError, UserError
 from tests.checkpoint import tiny
@@ -36,7 +37,7 @@ def refusal(folder: Path, to: str = "hf") -> str:
         run(make_plan(open_checkpoint(folder), named(to)), out)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
-    assert not out.exists() and not list(folder.parent.glob("*.unfinished"))
+    assert not out.exists() and not list(folder.parent.glob("*.converting"))
     return message
 
 
@@ -89,7 +90,7 @@ BY_TENSOR: dict[str, tuple[Callable[[tiny.Tensors], Any], str, str]] = {
     "norm of multi-token prediction missing": (
         lambda t: t.pop("model.layers.2.enorm.weight"), "layers.2.enorm", "missing.*num_nextn_predict_layers"),
     "dtype that no model has": (
-        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight", "is I64"),
+        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight", "is 'I64'"),
 }
 
 
@@ -291,3 +292,43 @@ def test_a_manifest_that_lies(tmp_path: Path) -> None:
         edit_json(ours / MANIFEST, change)
         refusal(ours)
         (ours / MANIFEST).write_text(good)
+
+
+@pytest.mark.parametrize("key", [*tiny.config(mtp=1), "rope_scaling", "moe_layer_freq", "attention_bias",
+                                 "num_mtp_layers", "quantization_config", "rope_interleave"])
+def test_any_value_in_a_config_is_read_or_refused(key: str) -> None:
+    """Structured damage, which flipped bytes hardly ever are."""
+    for value in (None, -1, 0, "x", "\n", [], {}, [[]], 1.5, True, 10**30, 10**5000, float("nan"), -5, 3, 7):
+        try:
+            assert Model.from_hf(tiny.config(mtp=1) | {key: value}).table
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
+
+
+def test_formats_that_a_folder_is_not_of(folder: Path) -> None:
+    for format in FORMATS:
+        if format.name != "hf":
+            with pytest.raises(CheckpointError) as error:
+                open_checkpoint(folder, format.name)
+            assert str(error.value).isprintable()
+
+
+def test_a_missing_config_names_the_option(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "--config" in refusal(folder)
+
+
+def test_a_weight_file_beside_the_one_file_of_a_model(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    shutil.copy(source / "model.safetensors", source / "adapter.safetensors")
+    assert "adapter.safetensors" in refusal(source)
+
+
+def test_numbers_too_large_for_bf16(tmp_path: Path) -> None:
+    values = tiny.config()
+    tensors = tiny.tensors_of(values, "fp32")
+    tensors["lm_head.weight"][0, 0] = 3.4e38
+    source = tiny.save(tmp_path / "source", values, tensors)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds 3\.4e\+38, which BF16 does not"):
+        run(make_plan(open_checkpoint(source), named("deepseek"), dtype="bf16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ MODELS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", MODELS, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_to_deepseek_and_back(tmp_path: Path, settings: dict[str, Any], dtype: str) -> None:
-    source = make(tmp_path / "source", dtype, shards=2, layers=3, **settings)
+    source = make(tmp_path / "source", dtype, shards=2, layers=4, **settings)
     there = convert(source, tmp_path / "there", "deepseek")
     back = convert(there, tmp_path / "back", "hf")
     assert equal(load(source), load(back))

@@ -54,16 +54,16 @@ def check_kills(source: Path, tmp_path: Path, times: int, to: str) -> None:
     begin = time.perf_counter()
     start(source, tmp_path / "whole", to)
     length, expected = time.perf_counter() - begin, files(tmp_path / "whole")
-    draw, in_time = random.Random(times), 0
-    for number in range(times):
+    draw, in_time, number = random.Random(times), 0, 0
+    while in_time < times:
+        number += 1
         out = tmp_path / f"out{number}"
         for _ in range(draw.randint(1, 2)):
-            in_time += killed(draw.uniform(0, 1.2 * length), source, out, to, 1 + number % 2)
+            in_time += killed(draw.uniform(0, 1.1 * length), source, out, to, 1 + number % 2)
             assert not out.exists() or (out / MANIFEST).exists()
         start(source, out, to)
         assert files(out) == expected
         assert not list(tmp_path.glob("*" + journal.UNFINISHED))
-    assert in_time >= times / 4
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron-legacy"])
@@ -119,6 +119,28 @@ def test_between_any_two_steps_it_can_stop(source: Path, tmp_path: Path) -> None
     assert crashes > 5
 
 
+def test_a_source_that_changed_is_not_taken_for_done(source: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(source, mine)
+    start(mine, out)
+    path = next(mine.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(CheckpointError, match="already exists"):
+        start(mine, out)
+
+
+def test_what_lies_where_the_result_would_be_written_stays(source: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "out.converting" / "precious.pt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds precious\.pt, and no journal"):
+        start(source, tmp_path / "out")
+    assert precious.read_text() == "mine"
+
+
 def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     start(source, out)
@@ -134,11 +156,11 @@ def test_what_another_conversion_left_is_not_touched(source: Path, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         steps_until(patch, 5)
         start(source, out)
-    left = files(tmp_path / "out.unfinished")
+    left = files(tmp_path / "out.converting")
     assert len(left) > 1
     with pytest.raises(CheckpointError, match="another conversion"):
         run(make_plan(open_checkpoint(source), named("hf")), out)
-    assert files(tmp_path / "out.unfinished") == left
+    assert files(tmp_path / "out.converting") == left
 
 
 def test_files_are_on_the_disk_before_they_have_their_names(source: Path, tmp_path: Path,
@@ -189,7 +211,7 @@ def test_verifying_finds_what_is_wrong(source: Path, tmp_path: Path, monkeypatch
 
 def test_two_at_once_do_not_spoil_each_other(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_PATIENCE", 0.1)
-    with journal.locked(tmp_path / "out.unfinished"), pytest.raises(CheckpointError, match="by another process"):
+    with journal.locked(tmp_path / "out.converting"), pytest.raises(CheckpointError, match="by another process"):
         start(source, tmp_path / "out")
 
 
@@ -286,7 +308,7 @@ def memory(queue: Any, source: Path, destination: Path, to: str, dtype: str | No
     queue.put((field("VmHWM") - before, plan.memory, max(t.nbytes for file in plan.files for t in file.tensors)))
 
 
-@pytest.mark.parametrize(("to", "dtype"), [("deepseek", None), ("hf", "bf16"), ("hf", "fp32")])
+@pytest.mark.parametrize(("to", "dtype"), [("deepseek", None), ("hf", "bf16"), ("deepspeed", None), ("megatron", None)])
 def test_memory_is_bounded(tmp_path: Path, to: str, dtype: str | None) -> None:
     """No more than the plan says, and than twice the largest tensor."""
     tensors = tiny.tensors_of(tiny.config(), "fp8")

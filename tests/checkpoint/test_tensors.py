@@ -185,7 +185,7 @@ def test_an_alias_that_differs_is_not_dropped_silently(tmp_path: Path, odd: None
     changed = tiny.save(tmp_path / "changed", tiny.config(mtp=1), tensors)
     with pytest.raises(ValueError, match=r"layers.2.embed_tokens.weight differs from model.embed_tokens.weight"):
         convert(changed, tmp_path / "there", "odd")
-    assert not (tmp_path / "there").exists() and not (tmp_path / "there.unfinished").exists()
+    assert not (tmp_path / "there").exists() and not (tmp_path / "there.converting").exists()
 
 
 def random_box(draw: random.Random, shape: tuple[int, ...]) -> Box:

@@ -21,7 +21,7 @@ from megatron_ext.checkpoint.convert.folder import Folder
 from megatron_ext.checkpoint.convert.pickles import Record, TensorRef
 from megatron_ext.checkpoint.convert.tensors import Stored, TargetFile
 from megatron_ext.checkpoint.convert.torch_file import Slot
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, ConfigError, shown
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8,
           torch.bool]
@@ -152,6 +152,8 @@ HOSTILE = {
     "huge int": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "persistent id": b"\x80\x02(X\x07\x00\x00\x00storageK\x01K\x02K\x03K\x04tQ.",
     "changes a name": b"\x80\x02ctorch\nSize\n}X\x01\x00\x00\x00aK\x01sb.",
+    "device that doubles": b"\x80\x02X\x64\0\0\0" + b"a" * 100 + b"q\x00" +
+                           b"0ctorch\ndevice\nh\x00h\x00\x86Rq\x00" * 40 + b".",
     "empty": b"", "cut": pickle.dumps({"a": 1})[:-3], "no pickle": b"\x00\x01\x02",
 }
 
@@ -166,6 +168,17 @@ def test_hostile_pickles_do_nothing(content: bytes, tmp_path: Path, monkeypatch:
             pickles.load(content, Path("a"))
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert not (tmp_path / "pwned").exists()
+
+
+def test_values_are_shown_in_a_short_line_however_deep_they_are() -> None:
+    nested: Any = []
+    for _ in range(60):
+        nested = [nested, nested]  # 2**60 lists, for whoever walks through them
+    for value in (nested, {"a": nested}, 10**6000, [10**6000], "x" * 10**6, "a\n\x1b[31m\udc80", {1: "\n"}):
+        text = str(CheckpointError("a", f"has {shown(value)}"))
+        assert text.isprintable() and len(text) < 300
+        text = str(ConfigError("a.b", value, "is wrong"))
+        assert text.isprintable() and len(text) < 300
 
 
 def test_tensors_outside_their_storage_are_refused(tmp_path: Path) -> None:

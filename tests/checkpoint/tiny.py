@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.convert.verify import verify
 from megatron_ext.fp8 import quantize
 
 Tensors = dict[str, torch.Tensor]
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
@@ -87,8 +88,7 @@ def make(folder: Path, dtype: str = "bf16", shards: int = 1, seed: int = 0, **se
     """A folder of a random model; see `config` for the settings."""
     values = config(**settings)
     if dtype == "fp8":
-        values["quantization_config"] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                                         "weight_block_size": [128, 128]}
+        values["quantization_config"] = FP8
     if dtype == "fp32":
         values["torch_dtype"] = "float32"
     return save(folder, values, tensors_of(values, dtype, seed), shards)

@@ -214,7 +214,12 @@ class Producer:
             return self.stored(origin, box)
         if len(box) == 2 and "F8_E4M3" in (recipe.dtype, origin.dtype):
             return self._blockwise(recipe, box)
-        return numbers.cast(self.stored(origin, box), origin.dtype, recipe.dtype)
+        try:
+            return numbers.cast(self.stored(origin, box), origin.dtype, recipe.dtype)
+        except numbers.NumberError as error:
+            stored = origin.pieces[0][0]
+            raise CheckpointError(self.files.folder / stored.file, str(error), None, error.hint,
+                                  tensor=stored.name) from None
 
     def _blockwise(self, recipe: Recipe, box: Box) -> Bits:
         """Quantises or dequantises the blocks that a box touches, slab by slab, and cuts."""

@@ -29,7 +29,7 @@ from megatron_ext.checkpoint.convert import pickles, safetensors_io, torch_file
 from megatron_ext.checkpoint.convert.folder import Folder, check_name, parse_json
 from megatron_ext.checkpoint.convert.pickles import Record, TensorRef
 from megatron_ext.checkpoint.convert.tensors import Box, Shape, box_shape, intersect, volume, whole
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 30
@@ -157,7 +157,7 @@ class _Pending(NamedTuple):
 
 def _name(name: Any, where: os.PathLike[str]) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
-        raise CheckpointError(os.fspath(where), f"names a tensor {str(name)[:100]!a}")
+        raise CheckpointError(os.fspath(where), f"names a tensor {shown(name)}")
     return name
 
 

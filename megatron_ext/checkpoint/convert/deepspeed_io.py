@@ -34,7 +34,7 @@ from megatron_ext.checkpoint.convert.deepspeed_shards import (
 )
 from megatron_ext.checkpoint.convert.folder import Folder, check_name
 from megatron_ext.checkpoint.convert.pickles import TensorRef
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 LATEST, LATEST_UNIVERSAL, UNIVERSAL = "latest", "latest_universal", "zero"
 COPIED = "megatron_ext_copied"
@@ -217,7 +217,7 @@ def _manifest_shape(folder: Folder, shards: Shards, name: str, text: Any) -> tup
     try:
         return shape_of(where, json.loads(text), name_of(where, name))
     except (ValueError, TypeError, RecursionError):
-        raise CheckpointError(where.path, f"has the shape {str(text)[:80]!r}", tensor=name) from None
+        raise CheckpointError(where.path, f"has the shape {shown(text)}", tensor=name) from None
 
 
 def _add_experts(folder: Folder, shards: Shards, names: list[str],

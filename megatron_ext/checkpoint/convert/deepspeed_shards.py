@@ -15,7 +15,7 @@ from megatron_ext.checkpoint.convert import torch_file
 from megatron_ext.checkpoint.convert.folder import Folder
 from megatron_ext.checkpoint.convert.pickles import TensorRef
 from megatron_ext.checkpoint.convert.tensors import Shape
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 _MAX_NAME = 1024
 
@@ -136,7 +136,7 @@ class File(NamedTuple):
 
 
 def _path(keys: tuple[Any, ...]) -> str:
-    return ".".join(str(key)[:100] for key in keys) or "content"
+    return ".".join(key[:100] if isinstance(key, str) else shown(key) for key in keys) or "content"
 
 
 def load(folder: Folder, name: str) -> File:
@@ -151,14 +151,14 @@ def name_of(file: File, key: Any) -> str:
         CheckpointError: it is no text, or none that a name can be.
     """
     if not isinstance(key, str) or not key.isprintable() or not 0 < len(key) <= _MAX_NAME:
-        raise CheckpointError(file.path, f"names a tensor {str(key)[:100]!a}")
+        raise CheckpointError(file.path, f"names a tensor {shown(key)}")
     return key
 
 
 def shape_of(file: File, value: Any, name: str) -> Shape:
     """A shape as pickles have it: torch.Size, tuple or list."""
     if not isinstance(value, list | tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise CheckpointError(file.path, f"has the shape {str(value)[:80]}", tensor=name)
+        raise CheckpointError(file.path, f"has the shape {shown(value)}", tensor=name)
     return tuple(value)
 
 

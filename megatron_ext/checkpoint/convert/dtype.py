@@ -43,8 +43,18 @@ def to_bits(numbers: torch.Tensor, dtype: str) -> Bits:
 
 
 def cast(bits: Bits, dtype: str, to: str) -> Bits:
-    """Numbers of any shape in another dtype, rounded to nearest."""
-    return to_bits(to_torch(bits, dtype), to)
+    """Numbers of any shape in another dtype, rounded to nearest.
+
+    Raises:
+        NumberError: a finite number is too large for `to`.
+    """
+    numbers = to_torch(bits, dtype)
+    cast = numbers.to(_TORCH[to])
+    if SIZES[to] < SIZES[dtype] or to == "F16":
+        lost = torch.isinf(cast) & torch.isfinite(numbers)
+        if bool(lost.any()):
+            raise NumberError(f"holds {float(numbers[lost][0]):.6g}, which {to} does not")
+    return to_bits(cast, to)
 
 
 def dequantise(codes: Bits, scale: Bits, to: str) -> Bits:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 MAX_JSON = 1 << 28
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -99,7 +99,8 @@ class Folder:
     def _why(self, name: str, error: OSError) -> tuple[str, str | None, str | None]:
         paths = [self.path.joinpath(*name.split("/")[:n + 1]) for n in range(name.count("/") + 1)]
         if any(path.is_symlink() for path in paths) and not self.follow_links:
-            return "is a symbolic link", "links are not followed", "if you trust where it leads, pass --follow-links (load.follow_links)"
+            hint = "if you trust where it leads, pass --follow-links (load.follow_links in the engine's config)"
+            return "is a symbolic link", "links are not followed", hint
         if isinstance(error, FileNotFoundError):
             return "does not exist", None, None
         return f"cannot be read: {error.strerror}", None, None
@@ -140,7 +141,7 @@ def parse_json(content: bytes, where: Path | str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(where, "is nested too deeply") from None
     except ValueError as error:
-        raise CheckpointError(where, f"cannot be read as JSON: {str(error)[:200]!r}") from None
+        raise CheckpointError(where, f"cannot be read as JSON: {shown(str(error))}") from None
     if not isinstance(values, dict):
         raise CheckpointError(where, "must hold one JSON object")
     return values

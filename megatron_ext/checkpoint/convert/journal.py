@@ -18,7 +18,8 @@ from megatron_ext.checkpoint.convert.plan import Plan
 from megatron_ext.checkpoint.convert.tensors import TargetFile
 from megatron_ext.config.errors import CheckpointError
 
-UNFINISHED = ".unfinished"
+UNFINISHED = ".converting"
+"""Not the engine's suffix: its saves clear away what saves that were cut off have left."""
 JOURNAL = "progress.jsonl"
 _PATIENCE = 5.0
 """Seconds: what was killed may take a moment to die."""
@@ -60,6 +61,9 @@ class State:
         journal = self.work / JOURNAL
         sizes = {file.path: file.size for file in self.plan.files}
         lines = read_lines(journal)
+        if not lines and (found := [path.name for path in self.work.iterdir() if not path.name.startswith(JOURNAL)]):
+            raise CheckpointError(self.work, f"holds {found[0]}, and no journal of a conversion",
+                                  "it is where the result would be written first", "remove it or choose another name")
         if lines and lines[0].get("plan") != self.identity:
             raise CheckpointError(self.work, "is what another conversion has left", "its source or its options differ",
                                   "remove it to start anew")
@@ -120,16 +124,39 @@ def read_lines(journal: Path) -> list[dict[str, Any]]:
 @contextmanager
 def locked(work: Path) -> Iterator[int]:
     """Makes the folder, and holds it by a descriptor: two conversions into one folder would spoil each other."""
-    work.parent.mkdir(parents=True, exist_ok=True)
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise CheckpointError(work, "is not a folder", "conversions are written there first")
-    work.mkdir(exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = -1
+    while descriptor < 0:
+        if work.is_symlink() or (work.exists() and not work.is_dir()):
+            raise CheckpointError(work, "is not a folder", "conversions are written there first")
+        try:
+            work.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(work, f"cannot be made: {error.strerror}", "conversions are written there first") \
+                from None
+        try:
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another conversion has just given it its final name
+        try:
+            _lock(descriptor, work)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not _is_at(descriptor, work):  # the one who held it has finished: begin again, with a new folder
+            os.close(descriptor)
+            descriptor = -1
     try:
-        _lock(descriptor, work)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, work: Path) -> None:

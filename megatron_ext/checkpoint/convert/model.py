@@ -15,10 +15,10 @@ from typing import Any
 
 from megatron_ext.checkpoint.convert import names
 from megatron_ext.checkpoint.convert.names import Canonical, Row
-from megatron_ext.config.errors import CheckpointError, ConfigError
+from megatron_ext.config.errors import CheckpointError, ConfigError, shown
 from megatron_ext.models import DeepSeekV3Config
 
-MAX_TENSORS = 4_000_000
+MAX_TENSORS = 500_000
 """More than any model has; a config that asks for more is damaged, and its table is never built."""
 _MAX_SIZE = 1 << 40
 _UNREAD = {"rope_scaling", "rope_theta", "norm_topk_prob", "max_position_embeddings", "hidden_dropout"}
@@ -55,7 +55,7 @@ class Model:
             raise CheckpointError(str(path), f"has {error}") from error
         mtp = values.get("num_nextn_predict_layers", values.get("num_mtp_layers")) or 0
         if type(mtp) is not int or not 0 <= mtp <= 64:
-            raise CheckpointError(str(path), f"has num_nextn_predict_layers = {mtp!r}",
+            raise CheckpointError(str(path), f"has num_nextn_predict_layers = {shown(mtp)}",
                                   "must be a small count of layers")
         model = cls(config, mtp, values)
         count = (config.num_hidden_layers + mtp) * (config.n_routed_experts * 3 + 16)

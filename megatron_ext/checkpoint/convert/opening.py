@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from megatron_ext.checkpoint.convert import formats, safetensors_io
 from megatron_ext.checkpoint.convert.folder import Folder, check_name, parse_json
 from megatron_ext.checkpoint.convert.source import CARRIED, FACTS, MANIFEST, Source, assemble
 from megatron_ext.checkpoint.convert.tensors import Stored, many_objects, renamed
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 _SUM = re.compile(r"[0-9a-f]{32}")
 
@@ -53,9 +54,9 @@ def _facts(folder: Folder) -> dict[str, Any]:
     name = f"{CARRIED}/{FACTS}"
     facts = folder.read_json(name)
     if facts.get("format") != 1:
-        raise CheckpointError(folder / name, f"has format {str(facts.get('format'))[:40]}",
+        raise CheckpointError(folder / name, f"has format {shown(facts.get('format'))}",
                               "this version reads format 1")
-    for key in ("files", "aliases", "materialised"):
+    for key in ("files", "aliases", "materialised", "fp32"):
         values = facts.get(key, [])
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise CheckpointError(folder / name, f"has {key} that is no list of names")
@@ -76,6 +77,10 @@ def _carried(folder: Folder, facts: dict[str, Any]) -> list[Stored]:
             if name in stored:
                 raise CheckpointError(folder / file, f"is also in {stored[name].file}", tensor=name)
             stored[name] = renamed(name, name, file, offset, dtype, shape)
+    if folder.has(CARRIED) and (folder / CARRIED).is_dir():
+        for name in sorted(os.listdir(folder / CARRIED)):
+            if name.endswith(".safetensors") and f"{CARRIED}/{name}" not in facts.get("files", []):
+                raise CheckpointError(folder / CARRIED / name, f"is not named by {FACTS}")
     return list(stored.values())
 
 

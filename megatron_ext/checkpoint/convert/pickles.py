@@ -288,6 +288,19 @@ def _ints(values: Any = ()) -> Shape:
     return tuple(values)
 
 
+def _device(kind: Any, index: Any = None) -> str:
+    """Never longer than its arguments together would be: what calls give can be given to calls again."""
+    if not isinstance(kind, str) or len(kind) > 32 or not (index is None or type(index) is int):
+        raise PickleError("has a device that is none")
+    return kind if index is None else f"{kind}:{index & 0xFFFF}"
+
+
+def _named(name: Any) -> str:
+    if not isinstance(name, str):
+        raise PickleError("has a layout that is none")
+    return name
+
+
 def _attribute(owner: Any, name: Any) -> Record:
     """Members of enumerations are pickled by name since Python 3.12."""
     if not isinstance(owner, Name) or not owner.startswith(_MODULES) or not isinstance(name, str):
@@ -308,11 +321,11 @@ def _items(*args: Any) -> set[Any]:
 _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _pairs, "collections.defaultdict": _pairs, "collections.Counter": _pairs,
     "builtins.dict": _pairs, "__builtin__.dict": _pairs,
-    "torch.Size": _ints, "torch.device": lambda *parts: ":".join(map(str, parts)),
+    "torch.Size": _ints, "torch.device": _device,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._utils._rebuild_tensor_v2": _pairs, "torch._utils._rebuild_tensor_v3": _pairs,  # see `_Machine.call`
-    "torch.serialization._get_layout": lambda name: str(name),
+    "torch.serialization._get_layout": _named,
     "builtins.set": _items, "__builtin__.set": _items, "builtins.frozenset": _items,
     "builtins.bytearray": lambda *args: b"", "builtins.getattr": _attribute, "__builtin__.getattr": _attribute,
     "_codecs.encode": _encoded,

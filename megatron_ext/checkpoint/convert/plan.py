@@ -139,9 +139,14 @@ def _make_plan(source: Source, format: Format, options: Options, dtype: str | No
         raise CheckpointError("--dtype", f"is {dtype!r}", f"must be one of {', '.join(DTYPES)}")
     if dtype is not None and DTYPES[dtype] not in format.dtypes:
         raise CheckpointError("--dtype", f"is {dtype}, which {format.title} does not hold")
-    if dtype is None and any(origin.dtype not in format.dtypes for origin in source.origins.values()):
+    asked = dtype is not None
+    if not asked and "F8_E4M3" not in format.dtypes and any(o.dtype == "F8_E4M3" for o in source.origins.values()):
         dtype = "bf16"
-    wanted, carried = _wanted(source, dtype)
+    wanted, carried = _wanted(source, dtype, asked)
+    for name, entry in wanted.items():
+        if entry.dtype not in format.dtypes:
+            raise CheckpointError(format.name, f"holds no {entry.dtype}", None, "choose another with --dtype",
+                                  tensor=name)
     for name in [name for name in wanted if names.split_state(name)[1] in apart]:
         carried[name] = "optimizer state"
         del wanted[name]
@@ -176,14 +181,19 @@ def _heeded(format: Format, options: Options) -> Options:
     return options
 
 
-def _wanted(source: Source, dtype: str | None) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Canonical tensors of the result under a choice of dtype, and which scales are carried beside it."""
+def _wanted(source: Source, dtype: str | None, asked: bool) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Canonical tensors of the result under a choice of dtype, and which scales are carried beside it.
+
+    Args:
+        asked: whether the dtype is the user's choice, and not only that of weights whose FP8 the format does not hold.
+    """
     found = entries(source)
     carried = dict.fromkeys(source.carried, "scales of weights that are not in FP8 here")
     if dtype is None:
         return found, carried
     wanted: dict[str, Entry] = {}
-    anew = not source.carried and not any(entry.dtype == "F8_E4M3" for entry in found.values())
+    already = any(entry.dtype == "F8_E4M3" for entry in found.values())
+    anew = not source.carried and not already
     for name, entry in found.items():
         if names.weight_of(name) is not None:
             if dtype != "fp8":
@@ -192,21 +202,31 @@ def _wanted(source: Source, dtype: str | None) -> tuple[dict[str, Entry], dict[s
                 wanted[name] = entry
             continue
         row, scale = row_of(source, name), names.scale_name(name)
-        if row.optional or names.split_state(name)[1] is not None:
+        if row.optional or names.split_state(name)[1] is not None or (not asked and entry.dtype != "F8_E4M3"):
             wanted[name] = entry
         elif row.fp32:
             wanted[name] = Entry("F32", entry.shape)
         elif dtype != "fp8":
             wanted[name] = Entry(DTYPES[dtype], entry.shape)
-        elif entry.dtype == "F8_E4M3":
+        elif entry.dtype == "F8_E4M3" or (already and scale not in source.carried):
             wanted[name] = entry
         elif scale in source.carried or (anew and row.quantised):
             wanted[name] = Entry("F8_E4M3", entry.shape)
             wanted[scale] = Entry("F32", tuple(-(-size // 128) for size in entry.shape))
             carried.pop(scale, None)
-        else:
-            wanted[name] = Entry("BF16", entry.shape)
+        else:  # never in FP8: FP32 if it was that beside FP8 weights, else as in the releases
+            wanted[name] = Entry("F32" if name in source.facts.get("fp32", ()) else "BF16", entry.shape)
     return wanted, carried
+
+
+def _fp32_beside_fp8(source: Source) -> list[str]:
+    """Weights of an FP8 checkpoint that are in FP32, which a way back from another dtype must know."""
+    if "fp32" in source.facts:
+        return list(source.facts["fp32"])
+    if not any(origin.dtype == "F8_E4M3" for origin in source.origins.values()):
+        return []
+    return [name for name, origin in source.origins.items() if origin.dtype == "F32" and names.weight_of(name) is None
+            and names.split_state(name)[1] is None and not (row := row_of(source, name)).fp32 and not row.optional]
 
 
 def make_recipe(source: Source, name: str, dtype: str) -> Recipe:
@@ -330,6 +350,8 @@ def _add_documents(plan: Plan, layout: Layout, carried: list[str]) -> None:
         facts["aliases"] = sorted(layout.aliases)
     if plan.carried and (plan.dtype == "bf16" or source.facts.get("through") == "BF16"):
         facts["through"] = "BF16"
+    if any(names.weight_of(name) is not None for name in plan.carried) and (wide := _fp32_beside_fp8(source)):
+        facts["fp32"] = wide
     if source.step is not None and any(names.split_state(name)[1] is not None for name in plan.carried):
         facts["step"] = source.step
     if layout.materialised:

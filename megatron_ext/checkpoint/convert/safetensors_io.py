@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_ext.checkpoint.convert.folder import Folder, parse_json
 from megatron_ext.checkpoint.convert.tensors import SIZES, Shape, Stored, TargetFile
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors library."""
@@ -76,11 +76,11 @@ def _record(path: os.PathLike[str], name: str, entry: Any, base: int) -> tuple[R
         raise CheckpointError(where, "is not described by dtype, shape and data_offsets", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in SIZES if isinstance(dtype, str) else True:
-        raise CheckpointError(where, f"is {str(dtype)[:40]}", f"only {', '.join(SIZES)} are read", tensor=name)
+        raise CheckpointError(where, f"is {shown(dtype)}", f"only {', '.join(SIZES)} are read", tensor=name)
     if not _sizes(shape) or len(shape) > 8:
-        raise CheckpointError(where, f"has shape {str(shape)[:80]}", "it must be a short list of sizes", tensor=name)
+        raise CheckpointError(where, f"has shape {shown(shape)}", "it must be a short list of sizes", tensor=name)
     if not _sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(where, f"has data_offsets {str(offsets)[:80]}", tensor=name)
+        raise CheckpointError(where, f"has data_offsets {shown(offsets)}", tensor=name)
     nbytes = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(where, f"has {offsets[1] - offsets[0]} bytes, but {shape} of {dtype} takes {nbytes}",

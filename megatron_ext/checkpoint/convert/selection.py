@@ -47,7 +47,8 @@ def choose(source: Source, format: Format, optimizer: str | None, weights: str) 
         raise CheckpointError(source.folder.path, f"holds {source.reading.unread}", "it cannot be read",
                               "leave it out with --optimizer drop")
     if state is not None and state not in source.states:
-        raise CheckpointError(source.folder.path, f"holds no {state} of its weights", f"--weights is {weights!r}")
+        held = f"it holds {', '.join(sorted(source.states))}" if source.states else "it holds weights only"
+        raise CheckpointError(source.folder.path, f"holds no {state} of its weights", f"--weights is {weights!r}", held)
     if weights == "ema" and optimizer not in (None, "drop"):
         raise CheckpointError("--optimizer", f"is {optimizer!r}, beside --weights ema",
                               "moments belong to the weights as they were trained")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,7 @@ class Source:
         checks: what is stored more than once.
         facts: what an earlier conversion left beside the tensors, by key.
         digests: (file, tensor) -> XXH3-128 of its bytes, in hex, where a manifest of ours lists it.
+        notes: what was found and needs no deed, for people.
     """
 
     folder: Folder
@@ -101,6 +102,7 @@ class Source:
     checks: list[Check] = field(default_factory=list)
     facts: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> Model:
@@ -133,6 +135,7 @@ def assemble(folder: Folder, format: str, reading: Reading, beside: Iterable[Sto
     for stored in source.stored:
         for part in stored.parts:
             pieces.setdefault(part.canonical, []).append((stored, part))
+    _count_mtp(source, pieces)
     _check_names(source, pieces)
     for name, found in pieces.items():
         source.origins[name] = _origin(source, name, found)
@@ -141,6 +144,21 @@ def assemble(folder: Folder, format: str, reading: Reading, beside: Iterable[Sto
     _check_tied(source)
     _check_scales(source)
     return source
+
+
+def _count_mtp(source: Source, pieces: Mapping[str, list[Piece]]) -> None:
+    """Takes a checkpoint without any tensor of multi-token prediction for one without such layers.
+
+    transformers counts a layer in the config of every DeepSeek-V3 that it saves, and saves none. A part of a layer is
+    still refused: it is missing something.
+    """
+    table = source.model.table
+    if source.model.mtp_layers and not any(
+            (tensor := table.get(names.split_state(names.weight_of(name) or name)[0])) is not None
+            and tensor.mtp is not None for name in pieces):
+        source.notes.append(f"config.json counts {source.model.mtp_layers} layers of multi-token prediction, and there "
+                            "are none: taken as a model without")
+        source.reading = replace(source.reading, model=replace(source.model, mtp_layers=0))
 
 
 def _expected(source: Source, name: str) -> Canonical | None:

@@ -1,7 +1,7 @@
 """A plan carried out: workers stream tensors into files, each of which is whole or not there; cut off, it goes on.
 
-    <dst>.unfinished/                   what is being written; takes the name <dst> when all of it is there
-        <file>.unfinished               a file in work; takes its name after fsync
+    <dst>.converting/                   what is being written; takes the name <dst> when all of it is there
+        <file>.converting               a file in work; takes its name after fsync
         progress.jsonl                  a line for each file that is whole: its size and checksums
     <dst>/megatron_ext_manifest.json    the same for all files, written last
 
@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 """Told how many bytes have been written since it was last told."""
 
 
-def run(plan: Plan, destination: Path, workers: int = 1, progress: Progress | None = None) -> None:
+def run(plan: Plan, destination: Path, workers: int = 1, progress: Progress | None = None) -> bool:
     """Carries out a plan, or goes on with it.
 
     Args:
@@ -47,18 +47,22 @@ def run(plan: Plan, destination: Path, workers: int = 1, progress: Progress | No
         workers: processes; 1 works in this one.
         progress: told how many bytes are done.
 
+    Returns:
+        Whether anything was written; not if it was all there.
+
     Raises:
         CheckpointError: naming file and tensor; `destination` does not exist then.
     """
     destination = Path(os.path.abspath(destination))
-    if os.path.lexists(destination):
-        if _is_result(plan, destination):
-            return
-        raise CheckpointError(destination, "already exists", None, "choose another name, or remove it")
     work = destination.with_name(destination.name + UNFINISHED)
     state = State(plan, work)
+    if _is_there(state, destination):
+        return False
     with locked(work) as state.lock:
         try:
+            if _is_there(state, destination):  # another process was quicker
+                work.rmdir()
+                return False
             state.resume()
             _check_space(plan, state)
             (progress or _silent)(sum(file.size for file in plan.files if file.path in state.done))
@@ -71,6 +75,7 @@ def run(plan: Plan, destination: Path, workers: int = 1, progress: Progress | No
         except CheckpointError:
             _forget_if_empty(state)
             raise
+    return True
 
 
 def _forget_if_empty(state: State) -> None:
@@ -213,7 +218,7 @@ def _finish(state: State, destination: Path) -> None:
     for name, content in documents.items():
         write_document(state.work / name, content)
         listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {"format": 1, "layout": plan.format.name, "plan": plan.fingerprint,
+    manifest = {"format": 1, "layout": plan.format.name, "plan": plan.fingerprint, "from": state.identity,
                 "files": {name: listed[name] for name in sorted(listed)}}
     write_document(state.work / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     sync_folder(state.work)
@@ -222,11 +227,28 @@ def _finish(state: State, destination: Path) -> None:
     (destination / JOURNAL).unlink()
 
 
-def _is_result(plan: Plan, destination: Path) -> bool:
-    """Whether a folder is the whole result of a plan; a journal that a crash has left in it is removed."""
+def _is_there(state: State, destination: Path) -> bool:
+    """Whether the result is there.
+
+    Raises:
+        CheckpointError: something else is.
+    """
+    if not os.path.lexists(destination):
+        return False
+    if _is_result(state, destination):
+        return True
+    raise CheckpointError(destination, "already exists", "it is not, or not any more, what this conversion makes of "
+                          "its source as it is now", "choose another name, or remove it")
+
+
+def _is_result(state: State, destination: Path) -> bool:
+    """Whether a folder is the whole result of a plan and of its source as it is now.
+
+    A journal that a crash has left in it is removed.
+    """
     try:
         manifest = json.loads((destination / MANIFEST).read_text())
-        whole = manifest["plan"] == plan.fingerprint and all(
+        whole = manifest["plan"] == state.plan.fingerprint and manifest["from"] == state.identity and all(
             (destination / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -246,8 +268,9 @@ def _units_of_files(state: State) -> Iterator[tuple[TargetFile, list[Unit]]]:
     for check in plan.checks:
         checks.setdefault(check.canonical, []).append(check)
     sums = dict(plan.source.digests)
+    order = {name: number for number, name in enumerate(plan.recipes)}
     for file in plan.files:
-        units = [_unit(state, file, portion, checks, sums) for portion in _portions(plan, file)]
+        units = [_unit(state, file, portion, checks, sums) for portion in _portions(order, file)]
         if file.path not in state.done:
             yield file, units
 
@@ -278,9 +301,8 @@ def _unit(state: State, file: TargetFile, tensors: list[Stored], checks: dict[st
     return unit
 
 
-def _portions(plan: Plan, file: TargetFile) -> Iterator[list[Stored]]:
+def _portions(order: dict[str, int], file: TargetFile) -> Iterator[list[Stored]]:
     """The tensors of a file in portions that are worth a worker; a weight comes just before its scales."""
-    order = {name: number for number, name in enumerate(plan.recipes)}
     tensors = sorted(file.tensors, key=lambda t: order[t.parts[0].canonical] if t.parts else -1)
     portion: list[Stored] = []
     size = 0

@@ -91,7 +91,8 @@ def named(name: str) -> Format:
     for format in FORMATS:
         if format.name == name:
             return format
-    raise CheckpointError(repr(name), "is no format", f"formats are {', '.join(format.name for format in FORMATS)}")
+    raise CheckpointError("--to or --from", f"is {name!r}, which is no format",
+                          f"formats are {', '.join(format.name for format in FORMATS)}")
 
 
 def detect(folder: Folder) -> Format:

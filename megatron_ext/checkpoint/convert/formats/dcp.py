@@ -35,7 +35,7 @@ from megatron_ext.checkpoint.convert.names import Canonical
 from megatron_ext.checkpoint.convert.pickles import TensorRef
 from megatron_ext.checkpoint.convert.source import BLOCK, Reading
 from megatron_ext.checkpoint.convert.tensors import SIZES, Entry, Part, Shape, Stored, reshaped, whole
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 _OUTSIDE = {names.EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", names.HEAD: "lm_head.weight"}
 _EXPERTS = "moe.routed_experts.inner_experts."
@@ -165,6 +165,10 @@ class Dcp:
             layout.materialised.append(names.HEAD)
             dtypes[named[names.HEAD], ""] = entries[names.EMBEDDING].dtype
         targets = [_target(name, suffix, dtype, places[name]) for (name, suffix), dtype in dtypes.items()]
+        moment = next((name for name, suffix in dtypes if suffix.startswith("@exp_avg")), None)
+        if moment is not None and options.step is None:
+            raise CheckpointError(dcp_io.METADATA, "would have moments and no step", "the source does not say its step",
+                                  "leave the moments out with --optimizer drop", tensor=moment)
         layout.files, layout.documents = dcp_io.lay_out("", targets, _steps(dtypes, options.step), options.shard_bytes)
         return layout
 
@@ -196,7 +200,7 @@ def _count(dcp: dcp_io.Dcp, name: str) -> int:
     else:
         value = dcp.object(name) if tensor is None else None
     if type(value) not in (int, float) or not 0 <= value < 1 << 53 or value != int(value):
-        raise CheckpointError(dcp.folder / dcp_io.METADATA, f"is {str(value)[:40]}", "it must be a number of steps",
+        raise CheckpointError(dcp.folder / dcp_io.METADATA, f"is {shown(value)}", "it must be a number of steps",
                               tensor=name)
     return int(value)
 

@@ -50,6 +50,8 @@ class DeepSeek:
 
     def read(self, folder: Folder, config: Mapping[str, Any] | None) -> Reading:
         files = {name: match for name in folder.names() if (match := _FILE.fullmatch(name))}
+        if not files:
+            raise CheckpointError(folder.path, "has no file like model0-mp8.safetensors", "is it of another format?")
         ranks = int(next(iter(files.values()))[2])
         for name, match in files.items():
             if int(match[2]) != ranks or int(match[1]) >= ranks:

@@ -59,6 +59,10 @@ class HuggingFace:
         if not folder.has(INDEX):
             if shards:
                 raise CheckpointError(folder / shards[0], f"is a shard, and there is no {INDEX}")
+            for name in folder.names():
+                if name.endswith(".safetensors") and name != SINGLE:
+                    raise CheckpointError(folder / name, f"lies beside {SINGLE}", "a model without index is one file",
+                                          "move it out of the folder if it does not belong to the model")
             return None
         placed = folder.read_json(INDEX).get("weight_map")
         if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):

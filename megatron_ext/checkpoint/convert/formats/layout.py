@@ -10,6 +10,7 @@ from megatron_ext.checkpoint.convert import safetensors_io
 from megatron_ext.checkpoint.convert.folder import Folder
 from megatron_ext.checkpoint.convert.model import Model
 from megatron_ext.checkpoint.convert.tensors import Stored, TargetFile
+from megatron_ext.config.errors import CheckpointError
 
 CONFIG = "config.json"
 _DOCUMENTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
@@ -64,6 +65,9 @@ def read_model(folder: Folder, config: Mapping[str, Any] | None) -> Model:
     """The model of the config given, or of the folder's `config.json`."""
     if config is not None:
         return Model.from_hf(config, "--config")
+    if not folder.has(CONFIG):
+        raise CheckpointError(folder / CONFIG, "does not exist", "it says of which model the tensors are",
+                              "pass --config with that of the model")
     return Model.from_hf(folder.read_json(CONFIG), folder / CONFIG)
 
 

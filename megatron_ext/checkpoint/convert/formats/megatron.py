@@ -35,7 +35,7 @@ from megatron_ext.checkpoint.convert.formats.megatron_names import Tensor
 from megatron_ext.checkpoint.convert.model import Model
 from megatron_ext.checkpoint.convert.source import Reading
 from megatron_ext.checkpoint.convert.tensors import SIZES, Entry, Part, Shape, Stored, reshaped, whole
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 COMMON, BACKEND = "common.pt", "metadata.json"
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
@@ -84,8 +84,8 @@ class Megatron:
         prefix, step = around.latest(folder, _holds)
         backend = folder.read_json(prefix + BACKEND)
         if backend.get("sharded_backend") != "torch_dist" or backend.get("sharded_backend_version") != 1:
-            raise CheckpointError(folder / (prefix + BACKEND), f"says {str(backend.get('sharded_backend'))[:40]!a} "
-                                  f"version {str(backend.get('sharded_backend_version'))[:20]!a}",
+            raise CheckpointError(folder / (prefix + BACKEND), f"says {shown(backend.get('sharded_backend'))} "
+                                  f"version {shown(backend.get('sharded_backend_version'))}",
                                   "torch_dist version 1 is read")
         common = torch_file.read(folder, prefix + COMMON)
         if not isinstance(common, dict):

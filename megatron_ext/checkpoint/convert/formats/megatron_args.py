@@ -21,7 +21,7 @@ from megatron_ext.checkpoint.convert.folder import Folder
 from megatron_ext.checkpoint.convert.formats.layout import CONFIG, Options, read_model
 from megatron_ext.checkpoint.convert.model import Model
 from megatron_ext.checkpoint.convert.pickles import Record
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -106,12 +106,33 @@ def find_model(folder: Folder, prefix: str, config: Mapping[str, Any] | None, ar
         CheckpointError: there is no config, and the arguments do not say all that it would.
     """
     if config is not None or folder.has(CONFIG):
-        return read_model(folder, config)
+        model = read_model(folder, config)
+        if config is None and args:
+            _check_settings(model, args, where, folder / CONFIG)
+        return model
     if prefix and folder.has(prefix + CONFIG):
         return Model.from_hf(folder.read_json(prefix + CONFIG), folder / (prefix + CONFIG))
     if not args:
         raise CheckpointError(folder / CONFIG, "does not exist", f"{where.name} holds no arguments", _HINT)
     return Model.from_hf(_hf(args, where), where)
+
+
+def _check_settings(model: Model, args: Mapping[str, Any], where: Path, config: Path) -> None:
+    """Whether the arguments say the same as a `config.json` beside them of what no tensor's shape tells.
+
+    Raises:
+        CheckpointError: they do not, so that one of the two is of another model.
+    """
+    try:
+        theirs = _hf(args, where)
+    except CheckpointError:
+        return  # they do not say all that a config says
+    for key in ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob",
+                "rope_theta", "rms_norm_eps", "scoring_func"):
+        ours = getattr(model.config, key)
+        if theirs.get(key) is not None and theirs[key] != ours:
+            raise CheckpointError(config, f"has {key} = {shown(ours)}", f"{where.name} says {shown(theirs[key])}",
+                                  "remove config.json, or say which is right with --config")
 
 
 def check_vocabulary(model: Model, args: Mapping[str, Any], rows: int, where: Path, name: str) -> None:
@@ -135,7 +156,7 @@ def _hf(args: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """The content of a `config.json` by Megatron's arguments."""
     def need(key: str, kinds: tuple[type, ...] = (int,)) -> Any:
         if type(args.get(key)) not in kinds:
-            raise CheckpointError(where, f"has {key} = {str(args.get(key))[:40]!a} among its arguments",
+            raise CheckpointError(where, f"has {key} = {shown(args.get(key))} among its arguments",
                                   "a model of DeepSeek's needs it", _HINT)
         return args[key]
 
@@ -152,7 +173,7 @@ def _hf(args: Mapping[str, Any], where: Path) -> dict[str, Any]:
     shared = args.get("moe_shared_expert_intermediate_size") or 0
     width = values["moe_intermediate_size"]
     if type(shared) is not int or width <= 0 or shared % width:
-        raise CheckpointError(where, f"has moe_shared_expert_intermediate_size = {str(shared)[:40]!a}",
+        raise CheckpointError(where, f"has moe_shared_expert_intermediate_size = {shown(shared)}",
                               f"it must be a multiple of moe_ffn_hidden_size = {width}", _HINT)
     dense, every = _pattern(args.get("moe_layer_freq"), values["num_hidden_layers"], where)
     method = "noaux_tc" if bias else "greedy" if groups is None else "group_limited_greedy"
@@ -197,7 +218,7 @@ def _pattern(said: Any, layers: int, where: Path) -> tuple[int, int]:
         for every in range(1, layers + 1):
             if said == [int(i >= dense and i % every == 0) for i in range(layers)]:
                 return dense, every
-    raise CheckpointError(where, f"has moe_layer_freq = {str(said)[:60]!a}",
+    raise CheckpointError(where, f"has moe_layer_freq = {shown(said)}",
                           "DeepSeek's models have dense layers first", _HINT)
 
 
