@@ -78,7 +78,7 @@ class State:
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif name not in self.done:
+            elif name not in self.done and name != JOURNAL:  # without it the rest would be nobody's
                 path.unlink()
         self._write(journal)
         self.resumed = True
