@@ -27,9 +27,10 @@ from megatron_ext.checkpoint.native import CheckpointError
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import elsewhere, restoring
 from megatron_ext.engine.elsewhere import SCHEDULED
-from megatron_ext.engine.foreign import FOREIGN, from_first_rank, load_foreign, look_at
+from megatron_ext.engine.foreign import FOREIGN, load_foreign, look
 from megatron_ext.engine.gradients import is_expert
 from megatron_ext.engine.private import relink_optimizer_state
+from megatron_ext.engine.restoring import refusing
 from megatron_ext.optimizer import AdamW
 from megatron_ext.parallel import agreed
 from megatron_ext.parallel.placement import bidirectional
@@ -37,14 +38,16 @@ from megatron_ext.parallel.placement import bidirectional
 log = logging.getLogger("megatron_ext")
 
 _NAMES = {"stages": "P", "replicas": "D", "expert_parallel": "expert parallelism"}
+_RANK_FILE = "megatron_ext_rank_{:05d}_states.pt"
+_RANK_STATE = ("torch", "device", "numpy", "python", "data", "optimizer", "scheduled")
 
 
 class CheckpointMixin:
     """`save_checkpoint` and `load_checkpoint` of the engine, with DeepSpeed's signatures."""
 
     _data_iterator: Any
-    _loading: Path | None = None
-    """The folder of the checkpoint of ours that is being loaded."""
+    _experts: dict[str, torch.Tensor] | None = None
+    """This rank's experts in the checkpoint of ours that is being loaded."""
 
     # -- saving
 
@@ -73,7 +76,7 @@ class CheckpointMixin:
         dist.barrier(group=groups.control)
         super().save_checkpoint(save_dir, unfinished, client_state or {}, save_latest=False,
                                 exclude_frozen_parameters=exclude_frozen_parameters)
-        torch.save(self._rank_state(), folder / f"megatron_ext_rank_{groups.rank:05d}_states.pt")
+        torch.save(self._rank_state(), folder / _RANK_FILE.format(groups.rank))
         manifest = self._manifest(exclude_frozen_parameters)
         if groups.rank == 0 and self.module.model_config is not None:  # what a conversion must know of the model
             dtype = "bfloat16" if self.bfloat16_enabled() else "float32"
@@ -186,6 +189,9 @@ class CheckpointMixin:
         which holds no position in the training data: they start from the beginning. A folder of another program
         (Hugging Face and the others of `megatron-ext convert`) is read as `megatron_ext.load` does.
 
+        A checkpoint of ours in the layout of its save is read by DeepSpeed's loader, which runs what its pickles say:
+        load what others gave you with `megatron_ext.load`, which does not.
+
         Returns:
             The path loaded and the caller's `client_state`.
 
@@ -194,35 +200,18 @@ class CheckpointMixin:
                 model or optimizer.
             DataError: likewise, if it holds a position in other training data.
         """
-        control = self.process_groups.control
-        directory = Path(load_dir)
+        directory, universal = Path(load_dir), self.load_universal_checkpoint()
         with_optimizer = load_optimizer_states and not load_module_only
-        universal = self.load_universal_checkpoint()
         if not universal and tag is None:
-            directory, tag, kind = from_first_rank(look_at(directory), control)
+            directory, tag, kind = look(directory, self.process_groups.control)
             if kind == FOREIGN:
                 load_foreign(self, directory, optimizer=with_optimizer, schedule=load_lr_scheduler_states)
                 return str(directory), {}
-        tensors = self.tensors()
-        state: dict[str, Any] | None = None
-        with agreed(control):
-            if universal:
-                tag, moved = self._check_universal(directory, tag), ["universal"]
-            else:
-                tag = native.read_latest(directory) if tag is None else native.check_tag(str(tag))
-                manifest = native.read_manifest(directory / tag)
-                moved = self._moved(directory / tag, manifest, with_optimizer)
-                native.check_files(directory / tag, manifest, self.process_groups.rank, dist.get_world_size())
-                if load_module_strict and custom_load_fn is None:
-                    native.check_tensors(directory / tag, manifest["tensors"], tensors)
-        if not universal:
-            with agreed(control):
-                state = self._load_rank_state(directory / tag, 0 if moved else self.process_groups.rank,
-                                              load_module_only)
-                moved += self._other_runs(directory / tag, state, with_optimizer) if not moved else []
-            moved = next((found for found in _gather(moved, control) if found), [])
+        tag, moved, manifest, state = self.inspect(
+            directory, tag, universal=universal, strict=load_module_strict and custom_load_fn is None,
+            optimizer=with_optimizer, module_only=load_module_only)
         if moved:
-            with agreed(control):
+            with agreed(self.process_groups.control):
                 if custom_load_fn is not None:
                     raise CheckpointError(directory / tag, f"was saved in another layout ({', '.join(moved)})",
                                           "custom_load_fn is for the layout of the save")
@@ -230,23 +219,61 @@ class CheckpointMixin:
                 self, directory, tag, strict=load_module_strict, optimizer=with_optimizer,
                 schedule=load_lr_scheduler_states, module_only=load_module_only, why=moved, rank_state=state)
             if state is not None and not load_module_only:
-                self._restore_choices(state, manifest["placement"])
+                self.restore_choices(state, manifest["placement"])
             return str(directory / tag / f"mp_rank_{self.checkpoint_mp_rank:02d}_model_states.pt"), client_state
-        self._loading = directory / tag
+        with agreed(self.process_groups.control), refusing(directory / tag):
+            self._experts = self._read_experts(directory / tag)
         try:
-            path, client_state = super().load_checkpoint(str(directory), tag, load_module_strict, load_optimizer_states,
-                                                         load_lr_scheduler_states, load_module_only, custom_load_fn)
+            with agreed(self.process_groups.control), refusing(directory / tag):
+                path, client_state = super().load_checkpoint(
+                    str(directory), tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
+                    load_module_only, custom_load_fn)
         finally:
-            self._loading = None
+            self._experts = None
         self._restore_weights(load_module_only)
         if not load_module_only:
-            self._restore_rank_state(state)
-            self._restore_choices(state, self._placement())
+            self.restore_rank_state(state, directory / tag)
+            self.restore_choices(state, self._placement())
             if load_lr_scheduler_states and self.lr_scheduler is not None:
                 # DeepSpeed leaves these to the optimizer's own state, which it does not always load.
                 for group, saved in zip(self._parameter_groups(), state["scheduled"], strict=False):
                     group.update(saved)
         return path, client_state
+
+    def inspect(self, directory: Path, tag: str | None, *, universal: bool, strict: bool, optimizer: bool,
+                module_only: bool) -> tuple[str, list[str], dict[str, Any], Any]:
+        """Compares a checkpoint with this job, before anything is changed; collective.
+
+        Args:
+            directory, tag: as given to `load_checkpoint`.
+            universal: it is a universal one.
+            strict: the model must be the same.
+            optimizer: its state is wanted.
+            module_only: nothing but weights is.
+
+        Returns:
+            The tag; in what the layout is another, the same on all ranks; the manifest; what a rank saved of itself,
+            this one or rank 0.
+
+        Raises:
+            CheckpointError, DataError: see `load_checkpoint`.
+        """
+        control = self.process_groups.control
+        tensors, manifest = self.tensors(), {}
+        with agreed(control), refusing(directory):
+            if universal:
+                return self._check_universal(directory, tag), ["universal"], {}, None
+            tag = native.read_latest(directory) if tag is None else native.check_tag(str(tag))
+            manifest = native.read_manifest(directory / tag)
+            moved = self._moved(directory / tag, manifest, optimizer)
+            native.check_files(directory / tag, manifest, self.process_groups.rank, dist.get_world_size())
+            if strict:
+                native.check_tensors(directory / tag, manifest["tensors"], tensors)
+        with agreed(control), refusing(directory / tag):
+            state = self._load_rank_state(directory / tag, 0 if moved else self.process_groups.rank, module_only)
+            moved += self._other_runs(directory / tag, state, optimizer) if not moved else []
+        moved = next((found for found in _gather(moved, control) if found), [])
+        return tag, moved, manifest, state
 
     def _check_universal(self, directory: Path, tag: str | None) -> str:
         latest = directory / "latest_universal"
@@ -279,12 +306,16 @@ class CheckpointMixin:
 
     def _load_rank_state(self, folder: Path, rank: int, module_only: bool) -> dict[str, Any]:
         """What a rank saved of itself, compared with the training data at hand."""
-        state = torch.load(folder / f"megatron_ext_rank_{rank:05d}_states.pt", map_location="cpu", weights_only=True)
-        loader = self.training_dataloader
-        if isinstance(loader, MicroBatchLoader) and state["data"] is not None and not module_only:
-            before = loader.state_dict()
-            loader.load_state_dict(state["data"])  # to see whether it will do
-            loader.load_state_dict(before)
+        path = folder / _RANK_FILE.format(rank)
+        with refusing(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if lost := [key for key in _RANK_STATE if key not in state]:
+                raise CheckpointError(path, f"has no {lost[0]!r}", "every rank saves it")
+            loader = self.training_dataloader
+            if isinstance(loader, MicroBatchLoader) and state["data"] is not None and not module_only:
+                before = loader.state_dict()
+                loader.load_state_dict(state["data"])  # to see whether it will do
+                loader.load_state_dict(before)
         return state
 
     def _other_runs(self, folder: Path, state: dict[str, Any], with_optimizer: bool) -> list[str]:
@@ -304,20 +335,29 @@ class CheckpointMixin:
 
     def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Adds this rank's experts, from their own files, to the dense weights."""
-        folder = self._loading
-        if folder is not None and self.has_moe_layers:
-            files: dict[int, dict[str, torch.Tensor]] = {}
-            for name, p in self.module.named_parameters():
-                if is_expert(p):
-                    layer, (first, last) = native.expert_layer(name), p.expert_range
-                    if layer not in files:
-                        files[layer] = {}
-                        for expert in range(first, last):
-                            path = self._get_expert_ckpt_name(str(folder.parent), layer, expert, folder.name,
-                                                              checkpoint_mp_rank=self.checkpoint_mp_rank)
-                            files[layer].update(torch.load(path, map_location="cpu", weights_only=True))
-                    checkpoint["module"][name] = native.join_experts(name, files[layer], first, last, folder)
+        if self._experts:
+            checkpoint["module"].update(self._experts)
         super().load_module_state_dict(checkpoint, *args, **kwargs)
+
+    def _read_experts(self, folder: Path) -> dict[str, torch.Tensor]:
+        """This rank's, stacked, by name.
+
+        Raises:
+            CheckpointError, OSError: one is missing.
+        """
+        files: dict[int, dict[str, torch.Tensor]] = {}
+        stacks = {}
+        for name, p in self.module.named_parameters():
+            if self.has_moe_layers and is_expert(p):
+                layer, (first, last) = native.expert_layer(name), p.expert_range
+                if layer not in files:
+                    files[layer] = {}
+                    for expert in range(first, last):
+                        path = self._get_expert_ckpt_name(str(folder.parent), layer, expert, folder.name,
+                                                          checkpoint_mp_rank=self.checkpoint_mp_rank)
+                        files[layer].update(torch.load(path, map_location="cpu", weights_only=True))
+                stacks[name] = native.join_experts(name, files[layer], first, last, folder)
+        return stacks
 
     def _restore_weights(self, module_only: bool) -> None:
         """What DeepSpeed leaves out: 16-bit weights from the restored master, and moments in their dtype."""
@@ -329,15 +369,16 @@ class CheckpointMixin:
             relink_optimizer_state(self.optimizer)
         self.weight_cache.clear()
 
-    def _restore_rank_state(self, state: dict[str, Any]) -> None:
-        """Random generators and the position in the training data."""
-        torch.set_rng_state(state["torch"])
-        if state["device"] is not None and self.device.type != "cpu":
-            get_accelerator().set_rng_state(state["device"])
-        name, internal, *rest = state["numpy"]
-        np.random.set_state((name, np.array(internal, dtype=np.uint32), *rest))
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
+    def restore_rank_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Random generators and the position in the training data; collective."""
+        with agreed(self.process_groups.control), refusing(folder / _RANK_FILE.format(self.process_groups.rank)):
+            torch.set_rng_state(state["torch"])
+            if state["device"] is not None and self.device.type != "cpu":
+                get_accelerator().set_rng_state(state["device"])
+            name, internal, *rest = state["numpy"]
+            np.random.set_state((name, np.array(internal, dtype=np.uint32), *rest))
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
         loader = self.training_dataloader
         if state["data"] is not None and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(state["data"])
@@ -345,7 +386,7 @@ class CheckpointMixin:
         elif isinstance(loader, MicroBatchLoader) and self.process_groups.rank == 0:
             log.warning("the checkpoint holds no position in the training data: they start from the beginning")
 
-    def _restore_choices(self, state: dict[str, Any], placement: dict[str, Any]) -> None:
+    def restore_choices(self, state: dict[str, Any], placement: dict[str, Any]) -> None:
         """What was chosen by measuring, where it was measured on the same placement."""
         ours = self._placement()
         if placement["ranks"] == ours["ranks"]:

@@ -9,18 +9,24 @@ layout (a schedule chosen for it) does not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.convert import dtype as dtypes
 from megatron_ext.checkpoint.convert.blocks import Files
 from megatron_ext.checkpoint.convert.deepspeed_io import read
 from megatron_ext.checkpoint.convert.deepspeed_shards import Parameter, Piece, Shards
 from megatron_ext.checkpoint.convert.folder import Folder
-from megatron_ext.checkpoint.convert.tensors import Stored
+from megatron_ext.checkpoint.convert.formats.deepspeed import DeepSpeed
+from megatron_ext.checkpoint.convert.tensors import BITS, SIZES, Stored, as_bytes
 from megatron_ext.config.errors import CheckpointError
 from megatron_ext.data import MicroBatchLoader
 from megatron_ext.engine import restoring
@@ -30,11 +36,10 @@ log = logging.getLogger("megatron_ext")
 
 SCHEDULED = ("lr", "betas", "momentum")
 """What learning-rate schedulers set in an optimizer's parameter groups, for the step to come."""
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_OURS = ("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-         "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps",
-         "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config",
-         "ds_version", "num_experts", "ds_autoep_layers")
+_IN_PLACE = "load_checkpoint it in the layout of the save"
+_CALLERS = "client_state is the likely place of an object that is more than data, and only load_checkpoint in the " \
+           "layout of the save runs the code that makes one"
+_PLAIN_DATA = f"{_IN_PLACE}, or save client_state as numbers, text, lists, dicts, tensors and arrays"
 
 
 class ShardNumbers:
@@ -52,28 +57,32 @@ class ShardNumbers:
         self._files.__exit__(*error)
 
     def has(self, name: str, state: str | None = None) -> bool:
-        return name in self._all and bool(self._pieces(name, state))
+        pieces = self._pieces(name, state) if name in self._all else []
+        there, due = sum(piece.length for piece in pieces), self._all[name].numel if pieces else 0
+        if there < due:
+            raise CheckpointError(self.where, f"has {there} of {due} numbers of its {state or 'weight'}", tensor=name)
+        kinds = {piece.dtype for piece in pieces}
+        if len(kinds) > 1 or not kinds <= DeepSpeed.dtypes:
+            raise CheckpointError(self.where, f"is {' and '.join(sorted(kinds))}",
+                                  f"must be one of {', '.join(sorted(DeepSpeed.dtypes))}", tensor=name)
+        return bool(pieces)
 
-    def step(self, name: str) -> int:
-        return self._all[name].step or 0
+    def step(self, name: str) -> int | None:
+        return self._all[name].step
 
     def read(self, name: str, state: str | None, start: int, stop: int) -> Tensor:
         pieces = self._pieces(name, state)
-        if pieces[0].dtype not in _DTYPES:
-            raise CheckpointError(self.where, f"is {pieces[0].dtype}", f"must be one of {', '.join(_DTYPES)}",
-                                  tensor=name)
-        out = torch.empty(stop - start, dtype=_DTYPES[pieces[0].dtype])
-        filled, size = 0, out.element_size()
+        dtype = pieces[0].dtype
+        out, filled, size = np.empty(stop - start, BITS[SIZES[dtype]]), 0, SIZES[dtype]
         for piece in pieces:
             low, high = max(start, piece.start), min(stop, piece.start + piece.length)
             if low < high:
                 stored = Stored(name, piece.file, piece.offset, piece.dtype, (piece.length,), ())
-                target = out[low - start:high - start].view(torch.uint8).numpy()
-                self._files.read_into(stored, (low - piece.start) * size, memoryview(target.data))
+                self._files.read_into(stored, (low - piece.start) * size, as_bytes(out[low - start:high - start]))
                 filled += high - low
         if filled != stop - start:
             raise CheckpointError(self.where, f"has {filled} of the numbers {start} to {stop}", tensor=name)
-        return out
+        return dtypes.to_torch(out, dtype)
 
     def _pieces(self, name: str, state: str | None) -> list[Piece]:
         """A weight that has none of its own (universal checkpoints) is what its master says."""
@@ -82,7 +91,8 @@ class ShardNumbers:
 
 
 def resume(engine: Any, directory: Path, tag: str, *, strict: bool, optimizer: bool, schedule: bool,
-           module_only: bool, why: Sequence[str], rank_state: dict[str, Any] | None) -> dict[str, Any]:
+           module_only: bool, why: Sequence[str], rank_state: dict[str, Any] | None, client: bool = True,
+           follow_links: bool = False) -> dict[str, Any]:
     """Loads a checkpoint of ours, or a universal one, into whatever this job's layout is; collective.
 
     Args:
@@ -92,41 +102,72 @@ def resume(engine: Any, directory: Path, tag: str, *, strict: bool, optimizer: b
         optimizer: take the optimizer's state.
         schedule: take the state of the learning-rate scheduler.
         module_only: take weights and nothing else.
-        why: how the layouts differ, for the log.
+        why: how the layouts differ, for the log; empty if they do not.
         rank_state: what rank 0 saved of itself; None of a universal checkpoint.
+        client: the caller wants its `client_state`.
+        follow_links: read through symbolic links.
 
     Returns:
-        The caller's `client_state`.
+        The caller's `client_state`; as inert records, if `client` is not set.
 
     Raises:
         CheckpointError: on all ranks, before anything is changed.
     """
-    control, folder = engine.process_groups.control, Folder(directory)
-    with agreed(control):
-        shards = read(folder, tag)
+    control = engine.process_groups.control
+    with agreed(control), restoring.refusing(directory / tag):
+        folder = Folder(directory, follow_links)
+        with _naming_the_caller():
+            shards = read(folder, tag)
+            client_state = _client_state(folder, shards) if client else shards.client_state
         _check(engine, folder, shards, optimizer)
         numbers = ShardNumbers(folder, shards)
         restoring.check_states(engine, numbers, optimizer, strict)
         lr_scheduler = _fitted(engine, shards) if schedule and not module_only else None
-    with agreed(control), numbers:
+    with agreed(control), restoring.refusing(directory / tag), numbers:
         restoring.restore(engine, numbers, optimizer)
     restoring.finish(engine)
     if engine.process_groups.rank == 0:
-        print(f"megatron_ext: {directory / tag} is loaded into another layout ({', '.join(why)}). Random generators "
-              "belong to ranks and start as this job seeds them; dropout, keyed by (seed, step, micro-batch, layer), "
-              "goes on", flush=True)
+        moved = f" into another layout ({', '.join(why)}). Random generators belong to ranks and start as this job " \
+                "seeds them; dropout, keyed by (seed, step, micro-batch, layer), goes on" if why else ""
+        print(f"megatron_ext: {directory / tag} is loaded{moved}", flush=True)
     if not module_only:
         _count_on(engine, shards)
         if lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(lr_scheduler)
             _set_scheduled(engine, shards)
         _go_on_with_data(engine, rank_state)
-    if shards.kind != "native":
+    return client_state
+
+
+@contextmanager
+def _naming_the_caller() -> Iterator[None]:
+    """Where a model file names what would have to be executed: ours and DeepSpeed's part of it never do."""
+    try:
+        yield
+    except CheckpointError as error:
+        if Path(error.path).name.startswith("mp_rank_") and re.match(r"names '[^']*', which", error.found):
+            raise CheckpointError(error.path, error.found, _CALLERS, _PLAIN_DATA) from None
+        raise
+
+
+def _client_state(folder: Folder, shards: Shards) -> dict[str, Any]:
+    """As it was given, not as inert records; numbers stay in the file until somebody asks for them.
+
+    Raises:
+        CheckpointError: it holds more than data.
+    """
+    if shards.kind != "native" or not shards.client_state:
         return shards.client_state
-    # As it was given, not as inert records; numbers stay in the file until somebody asks for them.
-    saved = torch.load(directory / tag / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True,
-                       weights_only=False)
-    return {key: value for key, value in saved.items() if key not in _OURS}
+    path = folder / f"{shards.tag}mp_rank_00_model_states.pt"
+    with restoring.refusing(path), torch.serialization.safe_globals(_data_classes()):
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return {key: value for key, value in saved.items() if str(key) in shards.client_state}
+
+
+def _data_classes() -> list[Any]:
+    """What is likely in a `client_state` and no more than data: NumPy's arrays and scalars, arguments of a script."""
+    makers = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    return [Namespace, np.ndarray, np.dtype, *makers, *{type(np.dtype(code)) for code in "?bhilqBHILQefdFD"}]
 
 
 def _check(engine: Any, folder: Folder, shards: Shards, optimizer: bool) -> None:
@@ -134,16 +175,16 @@ def _check(engine: Any, folder: Folder, shards: Shards, optimizer: bool) -> None
     zero = (shards.state.get("ds_config") or {}).get("zero_optimization") or {}
     if isinstance(zero, dict) and zero.get("round_robin_gradients"):
         raise CheckpointError(where, "was saved with zero_optimization.round_robin_gradients = True",
-                              "DeepSpeed then does not say where a parameter lies", "resume in the layout of the save")
+                              "DeepSpeed then does not say where a parameter lies", _IN_PLACE)
     if not optimizer:
         return
     if shards.unmapped:
         raise CheckpointError(where, shards.unmapped, "its optimizer cannot go on in another layout",
-                              "resume in the layout of the save, or pass load_optimizer_states=False")
+                              f"{_IN_PLACE}, or pass load_optimizer_states=False")
     kept = {state for p in shards.parameters.values() for state in p.states} - {restoring.MASTER}
     if further := sorted(kept - set(restoring.MOMENTS)):
         raise CheckpointError(where, f"holds {further[0]} of the optimizer", "only Adam's moments move to another "
-                              "layout", "resume in the layout of the save, or pass load_optimizer_states=False")
+                              "layout", f"{_IN_PLACE}, or pass load_optimizer_states=False")
     if kept and type(engine.basic_optimizer).__name__ not in restoring.ADAMS:
         raise CheckpointError(where, "holds Adam's moments", f"this job has {type(engine.basic_optimizer).__name__}",
                               "use the optimizer of the save, or pass load_optimizer_states=False")

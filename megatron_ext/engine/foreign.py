@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.checkpoint import native
+from megatron_ext.checkpoint.convert import dtype as dtypes
 from megatron_ext.checkpoint.convert.blocks import Files, Producer, Recipe
 from megatron_ext.checkpoint.convert.folder import Folder
 from megatron_ext.checkpoint.convert.formats import detect
@@ -29,7 +30,7 @@ from megatron_ext.checkpoint.convert.plan import make_recipe
 from megatron_ext.checkpoint.convert.source import Source
 from megatron_ext.config import LoadSection
 from megatron_ext.config.errors import CheckpointError, ConfigError
-from megatron_ext.engine import restoring
+from megatron_ext.engine import elsewhere, restoring
 from megatron_ext.models import DeepSeekV3Config
 from megatron_ext.parallel import agreed
 
@@ -38,8 +39,6 @@ log = logging.getLogger("megatron_ext")
 OURS, FOREIGN = "ours", "foreign"
 _STACKED = re.compile(r"(?P<experts>.*\.experts)\.(?P<matrix>\w+)")
 _ONE = re.compile(r"(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
-_BITS = {"F32": (np.uint32, np.float32, torch.float32), "BF16": (np.uint16, np.int16, torch.bfloat16),
-         "F16": (np.uint16, np.float16, torch.float16)}
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "n_routed_experts",
           "moe_intermediate_size", "n_shared_experts", "intermediate_size", "q_lora_rank", "kv_lora_rank",
           "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace", "moe_layer_freq",
@@ -75,10 +74,17 @@ class SourceNumbers:
         self._files.__exit__(*error)
 
     def has(self, name: str, state: str | None = None) -> bool:
-        return name in self.shapes and _with(self.canonical(name, 0), state) in self.source.origins
+        if name not in self.shapes:
+            return False
+        experts = self.shapes[name][0] if _STACKED.fullmatch(name) else 1
+        canonical = [_with(self.canonical(name, expert), state) for expert in range(experts)]
+        lost = [tensor for tensor in canonical if tensor not in self.source.origins]
+        if 0 < len(lost) < experts:
+            raise CheckpointError(self.where, "is missing", "other experts of the layer have it", tensor=lost[0])
+        return not lost
 
-    def step(self, name: str) -> int:
-        return self.source.step or 0
+    def step(self, name: str) -> int | None:
+        return self.source.step
 
     def read(self, name: str, state: str | None, start: int, stop: int) -> Tensor:
         stacked = _STACKED.fullmatch(name)
@@ -106,9 +112,7 @@ class SourceNumbers:
         rows = start // width, -(-stop // width)
         box = (rows, *((0, size) for size in origin.shape[1:]))
         found = self._producer.canonical(canonical, box).reshape(-1)[start - rows[0] * width:stop - rows[0] * width]
-        bits, view, dtype = _BITS[self._recipes[canonical].dtype]
-        assert found.dtype == bits, (canonical, found.dtype)
-        return torch.from_numpy(np.ascontiguousarray(found).view(view)).view(dtype)
+        return dtypes.to_torch(np.ascontiguousarray(found), self._recipes[canonical].dtype)
 
 
 def _with(canonical: str, state: str | None) -> str:
@@ -118,18 +122,47 @@ def _with(canonical: str, state: str | None) -> str:
 def start_from(engine: Any, section: LoadSection) -> None:
     """What `megatron_ext.load` asks for; collective. A checkpoint of ours is resumed, or gives its weights.
 
+    Whoever made it, nothing in it is executed: one of ours is read without DeepSpeed's loader, which unpickles.
+
     Raises:
-        CheckpointError: see `load_foreign` and `load_checkpoint`.
+        CheckpointError: see `load_foreign` and `load_checkpoint`. No optimizer's state but Adam's can be read so.
     """
     if section.path is None:
         return
     path = Path(section.path)
-    directory, tag, kind = from_first_rank(look_at(path), engine.process_groups.control)
+    directory, tag, kind = look(path, engine.process_groups.control)
     if kind == OURS and section.format in (None, "deepspeed"):
-        engine.load_checkpoint(str(directory), tag, load_module_only=not section.optimizer)
+        _load_ours(engine, directory, tag, section)
     else:
         load_foreign(engine, path, format=section.format, config=section.config, follow_links=section.follow_links,
                      optimizer=section.optimizer)
+
+
+def _load_ours(engine: Any, directory: Path, tag: str | None, section: LoadSection) -> None:
+    """`load_checkpoint` by way of the reader that executes nothing, in the layout of the save too."""
+    alone = not section.optimizer
+    tag, moved, manifest, state = engine.inspect(directory, tag, universal=False, strict=True,
+                                                 optimizer=section.optimizer, module_only=alone)
+    elsewhere.resume(engine, directory, tag, strict=True, optimizer=section.optimizer, schedule=True,
+                     module_only=alone, why=moved, rank_state=state, client=False, follow_links=section.follow_links)
+    if not alone:
+        if not moved:
+            engine.restore_rank_state(state, directory / tag)
+        engine.restore_choices(state, manifest["placement"])
+
+
+def look(path: Path, control: dist.ProcessGroup) -> tuple[Path, str | None, str | None]:
+    """`look_at` by rank 0 for all, so that they go by the same view of a file system; collective.
+
+    Raises:
+        CheckpointError: on all ranks: it cannot be looked at.
+    """
+    held: list[Any] = [None]
+    with agreed(control), restoring.refusing(path):
+        if dist.get_rank() == 0:
+            held = [look_at(path)]
+    dist.broadcast_object_list(held, src=0, group=control)
+    return held[0]
 
 
 def look_at(path: Path) -> tuple[Path, str | None, str | None]:
@@ -158,13 +191,6 @@ def _is_ours(folder: Path) -> bool:
     return (folder / native.MANIFEST).is_file() or any(folder.glob("megatron_ext_rank_*_states.pt"))
 
 
-def from_first_rank(value: Any, control: dist.ProcessGroup) -> Any:
-    """What rank 0 has: all ranks go by the same view of a file system."""
-    held = [value]
-    dist.broadcast_object_list(held, src=0, group=control)
-    return held[0]
-
-
 def load_foreign(engine: Any, path: Path, *, format: str | None = None, config: str | None = None,
                  follow_links: bool = False, optimizer: bool = True, schedule: bool = True) -> None:
     """Reads a checkpoint of another program; collective.
@@ -181,16 +207,16 @@ def load_foreign(engine: Any, path: Path, *, format: str | None = None, config: 
     """
     control, rank = engine.process_groups.control, engine.process_groups.rank
     ours = engine.tensors()
-    with agreed(control):
+    with agreed(control), restoring.refusing(path):
         source = open_checkpoint(path, format, config, follow_links)
         if optimizer and source.reading.unread:
             raise CheckpointError(path, f"holds {source.reading.unread}", "it cannot be read",
                                   "leave it out: megatron_ext.load.optimizer = false, or load_optimizer_states=False")
         numbers = SourceNumbers(source)
         further = _check_model(numbers, ours, engine.module.model_config)
-        moments = optimizer and all(moment in source.states for moment in restoring.MOMENTS)
+        moments = optimizer and any(moment in source.states for moment in restoring.MOMENTS)
         restoring.check_states(engine, numbers, moments)
-    with agreed(control), numbers:
+    with agreed(control), restoring.refusing(path), numbers:
         restoring.restore(engine, numbers, moments)
     restoring.finish(engine)
     step = source.step if moments else None

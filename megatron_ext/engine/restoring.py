@@ -10,7 +10,10 @@ Weights that have a master are made from it, as after every step; the others (fr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ext.config.errors import CheckpointError
+from megatron_ext.config.errors import CheckpointError, UserError
 from megatron_ext.engine.private import relink_optimizer_state
 from megatron_ext.optimizer import AdamW
 from megatron_ext.optimizer.adamw import MOMENTS
@@ -28,6 +31,9 @@ CHUNK = 1 << 23
 MASTER = "fp32"
 ADAMS = ("AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam")
 """Optimizers with the same state under the same names, of which DeepSpeed chooses by device and offload."""
+_DAMAGE = (OSError, EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+"""What files raise that are damaged, cannot be opened, or were made up."""
+_WITHOUT = "leave the moments out: megatron_ext.load.optimizer = false, or load_optimizer_states=False"
 
 
 class Numbers(Protocol):
@@ -40,7 +46,11 @@ class Numbers(Protocol):
     where: Path
 
     def has(self, name: str, state: str | None = None) -> bool:
-        """Whether there is a tensor, or its state ("fp32", "exp_avg", "exp_avg_sq")."""
+        """Whether there is a tensor, or its state ("fp32", "exp_avg", "exp_avg_sq").
+
+        Raises:
+            CheckpointError: there is a part of it.
+        """
 
     def read(self, name: str, state: str | None, start: int, stop: int) -> Tensor:
         """Numbers start .. stop-1 of a tensor in row-major order, in the dtype they have there.
@@ -49,8 +59,8 @@ class Numbers(Protocol):
             CheckpointError: the files end before, or cannot be read.
         """
 
-    def step(self, name: str) -> int:
-        """Steps that the optimizer has taken with a parameter."""
+    def step(self, name: str) -> int | None:
+        """Steps that the optimizer has taken with a parameter; None if nothing says."""
 
 
 class Slot(NamedTuple):
@@ -71,6 +81,28 @@ class Slot(NamedTuple):
     group: int
     stepped: Tensor
     at: int
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Around the reading of files: whatever they make Python raise is their fault, and so `agreed` tells all ranks.
+
+    Args:
+        path: the file, or the folder of the files, for the message.
+
+    Raises:
+        CheckpointError: instead.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if named is not None:  # what torch.load(weights_only=True) would not execute
+            raise CheckpointError(path, f"names '{named[1]}', which is more than data") from None
+        said = next(iter(str(error).splitlines()), "")[:300]
+        raise CheckpointError(path, f"cannot be read ({type(error).__name__}: {said})") from error
 
 
 def start_of(p: Tensor) -> int:
@@ -122,17 +154,24 @@ def check_states(engine: Any, numbers: Numbers, moments: bool, strict: bool = Tr
         strict: every tensor of the module must be there.
 
     Raises:
-        CheckpointError: a tensor of the module, or a moment that other parameters have, is not.
+        CheckpointError: a tensor of the module is not, or not all of it; or a moment that other parameters have, one
+            of the two, or the count of steps.
     """
     for name in engine.module.state_dict() if strict else ():
         if not numbers.has(name):
             raise CheckpointError(numbers.where, "is missing", "this model has it", tensor=name)
-    slots = slots_of(engine) if moments else []
-    held = [state for state in MOMENTS if any(numbers.has(slot.name, state) for slot in slots)]
+    slots = slots_of(engine)
     for slot in slots:
-        for state in MOMENTS if held else ():
+        numbers.has(slot.name, MASTER)  # raises if it is there in part
+    held = [state for state in MOMENTS if moments and any(numbers.has(slot.name, state) for slot in slots)]
+    for slot in slots if held else ():
+        for state in MOMENTS:
             if not numbers.has(slot.name, state):
-                raise CheckpointError(numbers.where, f"is there without {state}", "others have one", tensor=slot.name)
+                rule = "others have one" if state in held else f"the checkpoint has {held[0]}, and Adam needs both"
+                raise CheckpointError(numbers.where, f"is there without {state}", rule, _WITHOUT, tensor=slot.name)
+        if numbers.step(slot.name) is None:
+            raise CheckpointError(numbers.where, "would have moments and no step",
+                                  "the checkpoint does not say its step", _WITHOUT, tensor=slot.name)
 
 
 def restore(engine: Any, numbers: Numbers, moments: bool) -> None:
@@ -177,7 +216,7 @@ def _restore_state(engine: Any, slots: list[Slot], numbers: Numbers) -> None:
                 if key not in state:
                     state[key] = torch.zeros_like(slot.stepped, dtype=dtype, requires_grad=False)
                 _fill(_run(state[key], slot), numbers, slot.name, key, slot.start)
-                _set_step(basic, slot, numbers.step(slot.name))
+                _set_step(basic, slot, numbers.step(slot.name) or 0)
 
 
 def _set_step(basic: Any, slot: Slot, step: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
@@ -20,6 +22,7 @@ from tests.distributed.equality import Case
 from tests.distributed.pool import WorkerError, WorkerPool
 from tests.engine.test_checkpoint import build, moments, steps
 from tests.engine.test_errors import caught
+from tests.engine.test_load_from import mended
 
 BEFORE, AFTER = 3, 3
 BF16_MOMENTS = {"optimizer": {"moment_dtype": "bf16"}}
@@ -268,3 +271,46 @@ def test_a_jump_that_cannot_be_made_says_why_on_all_ranks(pool4: WorkerPool, sav
             "in another layout (P 4 -> 2, D 1 -> 2, ZeRO 1 -> 2); custom_load_fn is for", "has no lm_head.weight"),
             strict=True):
         assert kind == "CheckpointError" and text in message, message
+
+
+class Own:
+    """What a training script may put into `client_state`."""
+
+    epoch = 3
+
+
+def save_with(case: Case, folder: Path, client_state: dict[str, Any]) -> None:
+    engine = build(case)
+    steps(engine, 1)
+    engine.save_checkpoint(str(folder), client_state=client_state)
+
+
+def client_state_of(case: Case, folder: Path) -> dict[str, Any]:
+    return build(case).load_checkpoint(str(folder))[1]
+
+
+def test_a_client_state_moves_if_it_is_data(pool2: WorkerPool, tmp_path: Path) -> None:
+    small = Case(stages=2)
+    data = {"random": np.random.RandomState(3).get_state(), "args": Namespace(lr=1e-3), "best": np.float32(0.5),
+            "seen": {1, 2}, "tensor": torch.arange(3)}
+    pool2.run(save_with, small, tmp_path / "data", data)
+    pool2.run(save_with, small, tmp_path / "own", {"own": Own()})
+    assert pool2.run(client_state_of, small, tmp_path / "own")[0]["own"].epoch == 3
+    other = replace(small, schedule="1f1b")
+    for found in pool2.run(client_state_of, other, tmp_path / "data"):
+        assert found.keys() == data.keys() and (found["random"][1] == data["random"][1]).all()
+        assert (found["args"], found["best"], found["seen"]) == (data["args"], data["best"], data["seen"])
+        assert found["tensor"].equal(data["tensor"])
+    with pytest.raises(WorkerError, match=r"names '.*\.Own', which.*; client_state is the likely place.*; "
+                                          "load_checkpoint it in the layout of the save, or save client_state as"):
+        pool2.run(client_state_of, other, tmp_path / "own")
+
+
+def test_moments_without_a_step_are_refused(pool2: WorkerPool, tmp_path: Path) -> None:
+    small = Case(stages=2)
+    pool2.run(save_with, small, tmp_path, {})
+    for file in (tmp_path / "global_step1").glob("zero_pp_rank_*"):
+        mended(file.parent, file.name, lambda content: [
+            state.pop("step") for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values()])
+    with pytest.raises(WorkerError, match=r"CheckpointError: .*would have moments and no step"):
+        pool2.run(client_state_of, replace(small, schedule="1f1b"), tmp_path)
