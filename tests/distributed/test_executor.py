@@ -21,6 +21,7 @@ from tests.distributed import generic
 from tests.distributed.equality import compare
 from tests.distributed.generic import H, Job, batches, build
 from tests.distributed.pool import WorkerPool
+from tests.thinned import thinned
 
 
 @functools.cache
@@ -54,9 +55,9 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("job", [
+@pytest.mark.parametrize("job", thinned(
     pytest.param(job, id=f"{name}: P={job.stages} ZeRO={job.zero} m={job.micro_batches} interval={job.interval}")
-    for name, jobs in JOBS.items() for job in jobs])
+    for name, jobs in JOBS.items() for job in jobs))
 def test_equals_one_process(job: Job, pools: dict[int, WorkerPool]) -> None:
     check(job, pools)
 
